@@ -1,0 +1,6 @@
+"""`python -m quip`: the command line."""
+
+from quip.cli import main
+
+if __name__ == "__main__":
+    main()
