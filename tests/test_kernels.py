@@ -1,0 +1,226 @@
+"""Packed codes and the quantized layer: nothing is lost in packing, and the layer is the dense one."""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quip.algorithm import QuantizedMatrix, quantize_matrix
+from quip.errors import QuipError
+from quip.kernels import QuantizedLinear, pack, packed_width, unpack
+
+BITS = (2, 3, 4)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def random_codes(m, n, bits, seed=0):
+    return torch.randint(2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def naive_pack(codes, bits):
+    """Bit i of code j of a row is bit `bits·j + i` of the row."""
+    m, n = codes.shape
+    packed = torch.zeros(m, -(-n // 8) * bits, dtype=torch.uint8)
+    for row, j, i in product(range(m), range(n), range(bits)):
+        byte, bit = divmod(bits * j + i, 8)
+        packed[row, byte] |= (codes[row, j].item() >> i & 1) << bit
+    return packed
+
+
+def quantized(m=24, n=40, bits=2, rescale=False, seed=0) -> QuantizedMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    W, X = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for rows in (m, 2 * n))
+    X *= torch.linspace(0.5, 2, n)
+    return quantize_matrix(W, X.T @ X, bits, rescale=rescale, seeds=(seed, seed + 1))
+
+
+def random_layer(**kwargs) -> tuple[QuantizedLinear, torch.nn.Linear]:
+    """A quantized layer with a bias, and the dense layer of its dequantized weights in float64."""
+    q = quantized(**kwargs)
+    m, n = q.codes.shape
+    bias = torch.randn(m, generator=torch.Generator().manual_seed(9))
+    dense = torch.nn.Linear(n, m, dtype=torch.float64)
+    with torch.no_grad():
+        dense.weight.copy_(q.dequantize())
+        dense.bias.copy_(bias)
+    return QuantizedLinear.from_matrix(q, bias), dense
+
+
+def inputs(n, *shape, seed=5):
+    return torch.randn(*shape, n, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+# packing
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 35), st.sampled_from(BITS), st.integers(0, 99))
+def test_pack_equals_the_naive_packer_and_unpack_inverts_it(m, n, bits, seed):
+    codes = random_codes(m, n, bits, seed)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (m, packed_width(n, bits))
+    assert torch.equal(packed, naive_pack(codes, bits))
+    assert torch.equal(unpack(packed, bits, n), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_largest_and_the_smallest_codes_survive(bits):
+    codes = torch.tensor([2**bits - 1, 0] * 9)[None].repeat(2, 1)
+    assert torch.equal(unpack(pack(codes, bits), bits, 18).long(), codes)
+    assert torch.equal(unpack(pack(codes.flip(1), bits), bits, 18).long(), codes.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "octets"),
+    [
+        (2, [0, 1, 2, 3, 3], [0b11100100, 0b11]),
+        (3, range(8), [0x88, 0xC6, 0xFA]),
+        (4, range(1, 9), [0x21, 0x43, 0x65, 0x87]),
+    ],
+)
+def test_the_format_is_fixed(bits, codes, octets):
+    assert pack(torch.tensor([list(codes)]), bits).tolist() == [octets]
+
+
+@pytest.mark.parametrize("code", [-1, 4])
+def test_codes_out_of_range_are_an_error(code):
+    with pytest.raises(QuipError, match="2-bit codes lie in 0 … 3"):
+        pack(torch.tensor([[0, code, 1]]), 2)
+
+
+# the layer is the dense one
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 40) | st.just(97),
+    st.integers(1, 40) | st.just(97),
+    st.sampled_from(BITS),
+    st.booleans(),
+    st.lists(st.integers(1, 3), max_size=3),
+    st.integers(0, 99),
+)
+def test_layer_equals_the_dense_layer(m, n, bits, rescale, shape, seed):
+    layer, dense = random_layer(m=m, n=n, bits=bits, rescale=rescale, seed=seed)
+    x = inputs(n, *shape)
+    y, exact = layer(x), dense(x.double())
+    assert y.dtype == torch.float32
+    assert y.shape == exact.shape
+    scale = dense.weight.norm() * x.norm() / m**0.5 + dense.bias.norm()
+    assert (y.double() - exact).abs().max() < 1e-5 * scale
+
+
+def test_layer_without_bias():
+    q, x = quantized(), inputs(40, 7)
+    layer = QuantizedLinear.from_matrix(q)
+    assert layer.bias is None
+    assert relative_error(layer(x), x.double() @ q.dequantize().T) < 1e-5
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["float32 layer", "cast layer"])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_16_bit_error_is_a_small_multiple_of_the_dense_layers(dtype, bits, rescale, cast):
+    layer, dense = random_layer(m=96, n=120, bits=bits, rescale=rescale)
+    x = inputs(120, 64).to(dtype)
+    exact = dense(x.double())
+    y = (layer.to(dtype) if cast else layer)(x)
+    assert y.dtype == dtype
+    assert relative_error(y, exact) < 4 * relative_error(dense.to(dtype)(x), exact)
+
+
+def test_float16_holds_the_sums_of_large_inputs():
+    layer, dense = random_layer(m=8, n=512, bits=4)
+    x = inputs(512, 4)
+    x[:, 0] = 12000  # a massive activation: the output still fits
+    exact = dense(x.double())
+    assert exact.abs().max() < 65504
+    assert relative_error(layer(x.half()), exact) < 0.01
+
+
+def test_gradients_reach_the_input():
+    layer, dense = random_layer(rescale=True)
+    x = inputs(40, 3).requires_grad_()
+    layer(x).sum().backward()
+    exact = dense.weight.detach().sum(0).expand(3, -1)
+    assert relative_error(x.grad, exact) < 1e-5
+
+
+# copies, types, files
+
+
+def test_deepcopy_runs_and_is_independent():
+    layer, _ = random_layer()
+    x = inputs(40, 3)
+    before = layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), before)
+    twin.qweight.zero_()
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float64], ids=str)
+def test_to_changes_no_integer(dtype):
+    layer, _ = random_layer(rescale=True)
+    before = {name: layer.state_dict()[name].clone() for name in ("qweight", "transforms")}
+    after = layer.to(dtype).state_dict()
+    assert all(torch.equal(after[name], x) and after[name].dtype == x.dtype for name, x in before.items())
+    assert layer(inputs(40, 3).to(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_a_loaded_state_gives_the_same_outputs(bits, rescale, bias):
+    q, x = quantized(bits=bits, rescale=rescale), inputs(40, 3)
+    layer = QuantizedLinear.from_matrix(q, torch.randn(24) if bias else None)
+    loaded = QuantizedLinear(40, 24, bits, bias=bias, rescale=rescale)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.build()(x), layer(x))
+
+
+def test_stored_are_codes_scale_and_seeds_and_no_matrix():
+    def nbytes(**kwargs):
+        return sum(x.nbytes for x in QuantizedLinear(1535, 576, 3, **kwargs).state_dict().values())
+
+    assert nbytes() == 576 * 192 * 3 + 4 + 32
+    assert nbytes(rescale=True) - nbytes() == 4 * 1535
+    layer, _ = random_layer()
+    assert set(layer.state_dict()) == {"qweight", "scale", "transforms", "bias"}  # built, and still no V and U
+
+
+@pytest.mark.parametrize("change", [1, -1000, 2**32], ids=["another seed", "negative", "too large"])
+@pytest.mark.parametrize("row", [0, 1], ids="VU")
+def test_an_altered_seed_is_an_error_that_names_the_layer(row, change):
+    layer, _ = random_layer()
+    layer.transforms[row, 0] += change
+    with pytest.raises(QuipError, match=r"model\.layers\.3\.mlp\.up_proj: the transform of seed"):
+        layer.build("model.layers.3.mlp.up_proj")
+
+
+def test_an_altered_fingerprint_is_an_error():
+    layer, _ = random_layer()
+    layer.transforms[0, 1] += 1000
+    with pytest.raises(QuipError, match="is not the one this checkpoint was made with"):
+        layer.build()
+
+
+def test_running_before_build_is_an_error():
+    with pytest.raises(QuipError, match=r"call build\(\)"):
+        QuantizedLinear(8, 8, 2)(torch.ones(8))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 8, "2", None])
+def test_other_widths_are_an_error(bits):
+    with pytest.raises(QuipError, match=f"bits must be 2, 3 or 4, got {bits!r}"):
+        QuantizedLinear(8, 8, bits)
