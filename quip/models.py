@@ -310,9 +310,11 @@ def save_model(
         report = {"settings": settings, "layers": reports}
         (staging / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.chmod(staging, 0o755)  # mkdtemp makes it private
+        replaced = staging.with_name(f"{staging.name}.old")
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)  # kept until the new one is in its place
         staging.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return out
