@@ -111,33 +111,34 @@ def figure(draw) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def draw_perplexity(report: dict):
-    def draw(ax) -> str:
-        rows = report["results"]
-        x = [f"{r['bits']} bits" for r in rows]
-        ax.bar(x, [r["ppl"] for r in rows], color="0.55")
-        ax.bar_label(ax.containers[0], fmt="%.1f")
-        ax.set(ylabel="perplexity (log scale)", yscale="log", ylim=(None, 1.6 * max(r["ppl"] for r in rows)))
-        return "Perplexity at each width: " + ", ".join(f"{r['bits']} bits {r['ppl']:.1f}" for r in rows)
+def against_bits(ax, rows: list[dict], value, label: str, fmt: str) -> str:
+    """Draw a value of each checkpoint against its bits, the 16-bit model's as a dashed line; returns it in words."""
+    original, *quantized = rows
+    bits = [r["bits"] for r in quantized]
+    ax.axhline(value(original), ls="--", color="0.5")
+    ax.annotate(
+        f"16 bits: {value(original):{fmt}}", (4, value(original)), (0, 4), textcoords="offset points", ha="right"
+    )
+    ax.plot(bits, [value(r) for r in quantized], "o-", color="0.1")
+    for r in quantized:
+        ax.annotate(f"{value(r):{fmt}}", (r["bits"], value(r)), (6, 6), textcoords="offset points")
+    ax.set(xlabel="bits", ylabel=label, xticks=sorted(bits), xlim=(1.8, 4.4), ylim=(0, 1.15 * max(map(value, rows))))
+    return f"{label}: " + ", ".join(f"{r['bits']} bits {value(r):{fmt}}" for r in rows)
 
-    return draw
+
+def draw_perplexity(report: dict):
+    return lambda ax: against_bits(ax, report["results"], lambda r: r["ppl"], "perplexity", ".1f")
 
 
 def draw_size(report: dict):
-    def draw(ax) -> str:
-        rows = report["results"]
-        ax.bar([f"{r['bits']} bits" for r in rows], [r["file_bytes"] / 1e6 for r in rows], color="0.55")
-        ax.bar_label(ax.containers[0], fmt="%.0f")
-        ax.set(ylabel="weight files, MB")
-        return "Size at each width: " + ", ".join(f"{r['bits']} bits {r['file_bytes'] / 1e6:.0f} MB" for r in rows)
-
-    return draw
+    return lambda ax: against_bits(ax, report["results"], lambda r: r["file_bytes"] / 1e6, "weight files, MB", ".0f")
 
 
 def draw_losses(report: dict):
     def draw(ax) -> str:
-        for row, style in zip(report["results"][1:], ("-", "--", ":"), strict=True):
-            ax.plot(list(row["relative_proxy_loss"].values()), style, color="0.2", lw=1, label=f"{row['bits']} bits")
+        for row, marker in zip(report["results"][1:], ("o", "s", "^"), strict=True):
+            losses = list(row["relative_proxy_loss"].values())
+            ax.plot(losses, marker, color="0.2", ms=3, mfc="none", label=f"{row['bits']} bits")
         ax.set(xlabel="layer, in the order of quantization", ylabel="relative proxy loss", yscale="log")
         ax.legend()
         return "Relative proxy loss of each layer at 4, 3 and 2 bits"
@@ -149,7 +150,8 @@ def render(report: dict) -> str:
     """The report as one self-contained page."""
     cells = "".join(
         f"<tr><td>{r['bits']}</td><td>{r.get('bits_per_weight', 16):.3f}</td><td>{r['file_bytes'] / 1e6:.1f}</td>"
-        f"<td>{r['ppl']:.2f}</td><td>{r.get('quantize_seconds', 0):.0f}</td><td>{html.escape(r['sample'])}</td></tr>"
+        f"<td>{r['ppl']:.2f}</td><td>{round(r['quantize_seconds']) if 'quantize_seconds' in r else '–'}</td>"
+        f"<td>{html.escape(r['sample'])}</td></tr>"
         for r in report["results"]
     )
     figures = "".join(
