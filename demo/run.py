@@ -116,9 +116,7 @@ def against_bits(ax, rows: list[dict], value, label: str, fmt: str) -> str:
     original, *quantized = rows
     bits = [r["bits"] for r in quantized]
     ax.axhline(value(original), ls="--", color="0.5")
-    ax.annotate(
-        f"16 bits: {value(original):{fmt}}", (4, value(original)), (0, 4), textcoords="offset points", ha="right"
-    )
+    ax.annotate(f"16 bits: {value(original):{fmt}}", (2, value(original)), (0, -14), textcoords="offset points")
     ax.plot(bits, [value(r) for r in quantized], "o-", color="0.1")
     for r in quantized:
         ax.annotate(f"{value(r):{fmt}}", (r["bits"], value(r)), (6, 6), textcoords="offset points")
