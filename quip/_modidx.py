@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'quip.models.find_model': ('models.html#find_model', 'quip/models.py'),
                              'quip.models.forget_gguf': ('models.html#forget_gguf', 'quip/models.py'),
                              'quip.models.hooks': ('models.html#hooks', 'quip/models.py'),
+                             'quip.models.hub_answers': ('models.html#hub_answers', 'quip/models.py'),
                              'quip.models.input_moments': ('models.html#input_moments', 'quip/models.py'),
                              'quip.models.layer_seed': ('models.html#layer_seed', 'quip/models.py'),
                              'quip.models.linear_layers': ('models.html#linear_layers', 'quip/models.py'),

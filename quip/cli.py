@@ -16,7 +16,7 @@ from quip.errors import QuipError
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line. Exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    logging.basicConfig(format="quip: %(message)s", level=logging.WARNING)
+    show_own_warnings()
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
@@ -24,6 +24,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(fail(str(e), 2))
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
+
+
+def show_own_warnings() -> None:
+    """Warnings of this package go to stderr; what other packages log stays out of the way."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("quip: %(message)s"))
+    logging.getLogger("quip").handlers = [handler]
 
 
 def fail(message: str, status: int) -> int:
@@ -176,9 +183,11 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def quiet_transformers() -> None:
-    """Only errors from Transformers; its progress bars hide ours."""
+    """Only errors from Transformers and the hub's client; their progress bars hide ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as hf_logging
 
+    hub_logging.set_verbosity_error()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
