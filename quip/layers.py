@@ -16,7 +16,7 @@ def save_layers(
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]],  # name -> W (m, n), H (n, n)
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write layers as float16 safetensors: W, and of H the lower triangle of its Cholesky factor, `n (n + 1)/2` numbers.
+    """Write layers as float16 safetensors: W, and of H the lower triangle of its Cholesky factor, packed.
 
     The factor has half the range of H on a logarithmic scale, and whatever rounding does to it, the H that is read back
     is positive definite. Raises `QuipError`, naming the layer, if H is not positive definite or float16 overflows.
