@@ -122,8 +122,8 @@ def round_matrix(
 class QuantizedMatrix:
     """Codes `(m, n)` uint8 on the grid of `bits` and `scale`, in `basis`; `report` says how it went.
 
-    `report`: alpha (the damping, more than was asked for if H would not factor), rho, relative_proxy_loss (against the
-    undamped H), clamped (share of codes at either end of the grid). `settings`: alpha, center and order, as used.
+    `report`: alpha, the damping (and alpha_asked, if H would not factor with that), rho, relative_proxy_loss (against
+    the undamped H), clamped (share of codes at either end of the grid). `settings`: alpha, center and order, as used.
     """
 
     codes: torch.Tensor
@@ -171,6 +171,7 @@ def quantize_matrix(
     check_input(W, H, bits, name)
     W, H = W.double(), H.double()
     m, n = W.shape
+    asked = alpha
     damped, alpha = damp_to_definite(H, alpha, center, name)
     V, U = (KroneckerTransform(k, s, torch.float64).to(W.device) for k, s in zip((n, m), seeds, strict=True))
     basis = Basis(V, U, rescaling(W, damped).float().double() if rescale else None)
@@ -186,6 +187,8 @@ def quantize_matrix(
         relative_proxy_loss=relative_proxy_loss(result.dequantize(), W, H),
         clamped=((codes == 0) | (codes == 2**bits - 1)).float().mean().item(),
     )
+    if alpha != asked:
+        result.report["alpha_asked"] = asked
     return result
 
 

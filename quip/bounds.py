@@ -87,10 +87,10 @@ def lemma_3(
     """
     W, H, m = W.double(), H.double(), len(W)
     values, _ = eigen(H)
-    f = W - W.floor()
+    loss, f = proxy_loss(nearest(W), W, H), W - W.floor()
     return {
         "stochastic": Inequality((f * (1 - f) * H.diagonal()).sum().item(), m / 4 * values.sum().item()),
-        "nearest": Inequality(proxy_loss(nearest(W), W, H), m / 4 * len(H) * values[-1].item()),
+        "nearest": Inequality(loss, m / 4 * len(H) * values[-1].item()),
     }
 
 # %% ../book/06_bounds.ipynb #bounds-21

@@ -60,10 +60,11 @@ def calibrated(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor,
     text = data.load_text(args.calib, "calibration")
     model, tokenizer = models.load_model(args.model, pick_device(args.device))
     chosen = data.samples(data.tokenize(tokenizer, text), args.samples, args.seq_len, args.seed, text.source)
+    model_name, calibration = (Path(x).name if Path(x).exists() else x for x in (args.model, args.calib))
     about = {
-        "command": f"python -m quip.results {args.name} --calib {args.calib}"
+        "command": f"python -m quip.results {args.name} --model {model_name} --calib {calibration}"
         f" --samples {args.samples} --seq-len {args.seq_len} --seed {args.seed}",
-        "model": args.model,
+        "model": model_name,
         "calibration": text.source,
         "tokens": chosen.numel(),
         "seed": args.seed,
