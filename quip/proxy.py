@@ -46,7 +46,8 @@ class SecondMoment:
 
     Inputs wait in float32 until there are `buffer` tokens; their products are then taken in the dtype `products`, on
     the inputs' device, and summed in float64. With float32 products, H is accurate to about 1e-6 of `√(H_ii H_jj)`,
-    however many tokens there are; with float64, to 1e-13, at twice the time on a CPU and far more on most GPUs.
+    however many tokens there are (with TF32 allowed on a GPU, to 1e-3); with float64, to 1e-13, at up to twice the time
+    on a CPU and more on most GPUs.
     H is symmetric, so only its upper triangle is computed, strip by strip. Memory: `8 n²` bytes, and the buffer.
     """
 
