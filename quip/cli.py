@@ -167,19 +167,35 @@ def run_info(args: argparse.Namespace) -> None:
     info = checkpoint_info(args.folder)
     if args.json:
         write_json(args.json, info)
-    width = max(map(len, info["layers"]))
-    print(f"{'layer':{width}}  {'shape':>12}  bits/weight     ρ  relative proxy loss")
-    for name, layer in info["layers"].items():
-        shape = "×".join(map(str, layer["shape"]))
-        print(
-            f"{name:{width}}  {shape:>12}  {layer['bits_per_weight']:11.3f}  {layer['rho']:4.2f}"
-            f"  {layer['relative_proxy_loss']:19.5f}"
-        )
+    print_layers(info["layers"])
     t = info["totals"]
     print(
         f"{t['quantized_weights']:,} weights in {t['bits_per_weight']:.3f} bits each with all overhead; "
         f"{t['other_parameters']:,} other parameters in 16 bits; weight files {t['file_bytes'] / 1e6:.1f} MB"
     )
+
+
+def print_layers(layers: dict[str, dict]) -> None:
+    """A line for each layer: its size, then what the theory says of it (chapter 6), then the loss that was measured."""
+    name_width = max(map(len, layers))
+    print(f"{'':{name_width}}             bits/             own → rotated basis     relative proxy loss")
+    print(f"{'layer':{name_width}}     shape  weight     ρ    μ(W)      μ(H)      trD/trH  predicted  measured")
+    for name, x in layers.items():
+        shape = "×".join(map(str, x["shape"]))
+        mu_W, mu_H = pair(x.get("mu_weights"), ".1f"), pair(x.get("mu_hessian"), ".1f")
+        predicted = f"{x['predicted_loss']:.2g}" if "predicted_loss" in x else "-"
+        print(
+            f"{name:{name_width}} {shape:>9} {x['bits_per_weight']:7.3f} {x['rho']:5.2f}  {mu_W:9} {mu_H:9}"
+            f" {pair(x.get('trace_ratio'), '.2f'):9} {predicted:>8}  {x['relative_proxy_loss']:8.2g}"
+        )
+    for name, x in layers.items():
+        if "alpha_asked" in x:
+            print(f"{name}: H would not factor; damping raised from {x['alpha_asked']:.2g} to {x['alpha']:.2g}")
+
+
+def pair(values: list[float] | None, form: str) -> str:
+    """`before→after`, or a dash where the report lacks it."""
+    return "→".join(format(x, form) for x in values) if values else "-"
 
 
 def quiet_transformers() -> None:

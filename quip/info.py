@@ -18,8 +18,9 @@ def checkpoint_info(folder: str | Path) -> dict:
     """Sizes read from the checkpoint's tensors, losses from the report of the run that made it.
 
     Returns `settings`; `layers`, for each name shape, bits_per_weight (codes, scale, D̃ and seeds; not the bias, which
-    was there before), rho and relative_proxy_loss; and `totals`: quantized_weights, bits_per_weight, other_parameters
-    (in 16 bits) and file_bytes (all weight files). Raises `QuipError` if the folder is not a checkpoint, or is damaged.
+    was there before) and the report of that run: rho, relative_proxy_loss and what `quip.bounds.layer_report` says; and
+    `totals`: quantized_weights, bits_per_weight, other_parameters (in 16 bits) and file_bytes (all weight files).
+    Raises `QuipError` if the folder is not a checkpoint, or is damaged.
     """
     folder = Path(folder)
     try:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from quip import data, models
+from quip import bounds, data, models
+from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
 from quip.cli import fail, pick_device, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
+from quip.grids import greedy_passes
+from quip.incoherence import KroneckerTransform, mu_weights
 from quip.layers import save_layers
+from quip.ldlq import feedback_round, ldl
+from quip.proxy import damp, proxy_loss
+from quip.rounding import nearest
 
 EXAMPLES = ("model.layers.0.self_attn.o_proj", "model.layers.10.self_attn.q_proj")  # the layers that chapters show
 
@@ -50,10 +60,11 @@ def calibrated(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor,
     text = data.load_text(args.calib, "calibration")
     model, tokenizer = models.load_model(args.model, pick_device(args.device))
     chosen = data.samples(data.tokenize(tokenizer, text), args.samples, args.seq_len, args.seed, text.source)
+    model_name, calibration = (Path(x).name if Path(x).exists() else x for x in (args.model, args.calib))
     about = {
-        "command": f"python -m quip.results {args.name} --calib {args.calib}"
+        "command": f"python -m quip.results {args.name} --model {model_name} --calib {calibration}"
         f" --samples {args.samples} --seq-len {args.seq_len} --seed {args.seed}",
-        "model": args.model,
+        "model": model_name,
         "calibration": text.source,
         "tokens": chosen.numel(),
         "seed": args.seed,
@@ -90,7 +101,7 @@ def layer_moments(
     for i, block in enumerate(tqdm(blocks[: None if last is None else last + 1], unit="block")):
         layers = models.linear_layers(block)
         for names, moment in models.input_moments(block, hidden, others):
-            yield {f"{prefix}.{i}.{name}": layers[name].weight for name in names}, moment.H
+            yield {f"{prefix}.{i}.{name}": layers[name].weight.detach() for name in names}, moment.H
         hidden = [models.run_block(block, x, others) for x in hidden]
 
 
@@ -113,7 +124,107 @@ def run_example_layers(args: argparse.Namespace) -> None:
     print(f"{out}: {', '.join(found)}, {out.stat().st_size / 1e6:.2f} MB")
 
 
-EXPERIMENTS = {"example-layers": run_example_layers}
+def run_layers(args: argparse.Namespace) -> None:
+    """H of every layer's inputs, the bounds of chapter 6, and what LDLQ loses beside them"""
+    start = time.perf_counter()
+    model, samples, about = calibrated(args)
+    inputs, layers = {}, {}
+    for weights, H in layer_moments(model, samples):
+        first = next(iter(weights))
+        V_seed = models.layer_seed(args.seed, f"{first}/V")
+        inputs[first] = {"layers": list(weights), **describe_hessian(H), "traces": describe_traces(H, V_seed)}
+        for name, W in weights.items():
+            seeds = (V_seed, models.layer_seed(args.seed, f"{name}/U"))
+            layers[name] = {"input": first, **measure_layer(W, H, seeds, name)}
+    about["seconds"] = round(time.perf_counter() - start)
+    write_record(args.out or "book/results/layers.json", {"about": about, "inputs": inputs, "layers": layers})
+
+
+def describe_hessian(H: torch.Tensor) -> dict:
+    """The spectrum of H, in shares of tr H, and the channels that its heaviest eigenvectors are made of."""
+    values, Q = bounds.eigen(H)
+    values, Q, n = values.flip(0), Q.flip(1), len(H)
+    ranks = sorted({round(x) for x in torch.logspace(0, math.log10(n), 48, dtype=torch.float64).tolist()})
+    top = []
+    for j in range(3):
+        weight, channel = Q[:, j].square().topk(3)
+        channels = [[c, w] for c, w in zip(channel.tolist(), weight.tolist(), strict=True)]
+        top.append({"share": (values[j] / values.sum()).item(), "channels": channels})
+    return {
+        "n": n,
+        "trace": H.trace().item(),
+        "effective_rank": bounds.effective_rank(H),
+        "rank_1percent": int((values > 0.01 * values[0]).sum()),
+        "ranks": ranks,
+        "eigenvalues": [(values[r - 1] / values.sum()).item() for r in ranks],
+        "top": top,
+        "diagonal": {"max_over_median": (H.diagonal().max() / H.diagonal().median()).item()},
+    }
+
+
+def describe_traces(H: torch.Tensor, seed: int) -> dict:
+    """Every term of the chain of bounds over tr H, H damped: in the layer's own basis, then in that of the seed."""
+    H = damp(H, PRESETS["default"]["alpha"], PRESETS["default"]["center"])
+    rotated = KroneckerTransform(len(H), seed, torch.float64).both_sides(H)
+    columns = column_order(rotated)
+    (values, Q), t = bounds.eigen(H), H.trace()
+    mus = [math.sqrt(len(H)) * X.abs().max().item() for X in (Q, bounds.eigen(rotated)[1])]
+    root = values.sqrt().sum() ** 2 / len(H) / t
+    return {
+        "mu": mus,
+        "lemma_2": [(mu**2 * root).item() for mu in mus],
+        "effective_rank": bounds.effective_rank(H),
+        "least": bounds.least_trace(H).left / t.item(),
+        "formula": bounds.random_basis_trace(values) / t.item(),
+        "own": (ldl(H)[1].sum() / t).item(),
+        "rotated": (ldl(rotated)[1].sum() / t).item(),
+        "sorted": (ldl(rotated[columns][:, columns])[1].sum() / t).item(),
+    }
+
+
+def measure_layer(W: torch.Tensor, H: torch.Tensor, seeds: tuple[int, int], name: str) -> dict:
+    """Losses of one layer in units of (m/12) tr H steps², on the default's 2-bit grid, against the damped H.
+
+    `ldlq` and `nearest` round to all integers; `quip` is the default in full: clamped, then improved by greedy passes.
+    """
+    W = W.double()
+    refine = partial(greedy_passes, passes=models.PASSES["default"])
+    q = quantize_matrix(W, H, 2, seeds=seeds, refine=refine, name=name)
+    W_, H_ = q.basis.enter(W, damp(H, q.settings["alpha"], q.settings["center"]))
+    columns = column_order(H_)
+    H_, target, codes = H_[columns][:, columns], to_grid(W_, q.scale, q.bits)[:, columns], q.codes[:, columns].double()
+    roundings = {"ldlq": feedback_round(target, ldl(H_)[0]), "nearest": nearest(target), "quip": codes}
+    unit = len(W) / 12 * H_.trace().item()
+    return {
+        "shape": list(W.shape),
+        "mu_weights": [mu_weights(W), mu_weights(W_)],
+        "losses": {rule: proxy_loss(x, target, H_) / unit for rule, x in roundings.items()},
+        "report": q.report,
+    }
+
+
+def write_record(path: str, record: dict) -> None:
+    """Write a record as JSON, its figures to four digits, all at once or not at all."""
+
+    def short(x):
+        if isinstance(x, dict):
+            return {key: short(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [short(value) for value in x]
+        return float(f"{x:.4g}") if isinstance(x, float) else x
+
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(out.name + ".part")
+    lines = json.dumps(short(record), indent=1, ensure_ascii=False)
+    # a list of figures on one line, so that a diff shows figures and not brackets
+    flat = re.sub(r"\[\s*([^\[\]{}]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", lines)
+    staging.write_text(flat + "\n", encoding="utf-8")
+    staging.replace(out)
+    print(out)
+
+
+EXPERIMENTS = {"layers": run_layers, "example-layers": run_example_layers}
 
 if __name__ == "__main__":
     main()

@@ -10,12 +10,17 @@ from collections.abc import Callable
 
 import torch
 
+from .errors import QuipError
+
 # %% ../book/02_rounding.ipynb #rounding-07
 def nearest(
     x: torch.Tensor,
     maxq: int | None = None,
 ) -> torch.Tensor:
-    """Round every entry of `x` to the nearest integer (ties to even), and clamp to `0 … maxq` if that is given."""
+    """Round every entry of `x` to the nearest integer (ties to even), and clamp to `0 … maxq` if that is given.
+
+    Source: :eq:`rounding-rules` of chapter 2; its error is that of :prf:ref:`rounding-one`.
+    """
     x = x.round()
     return x if maxq is None else x.clamp_(0, maxq)
 
@@ -28,6 +33,7 @@ def stochastic(
     """Round up with probability equal to the fractional part, else down, so that `E[Q(x)] = x`; clamp to `0 … maxq`.
 
     The mean is exact only where the clamp does not act. `generator` makes the draw repeatable.
+    Source: :eq:`rounding-rules` of chapter 2.
     """
     low = x.floor()
     u = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -43,8 +49,15 @@ def adaptive_round(
     """Round the columns of W in order, each after adding back the earlier columns' errors: `Ŵ = Q(W + (W − Ŵ) U)`.
 
     The plain loop over columns, `m n²/2` multiply-adds without reuse; `quip.ldlq.feedback_round` gives the same codes
-    in blocks. Source: Chee et al. 2023, equation (2); :eq:`feedback` of chapter 2.
+    in blocks. Raises `QuipError` if shapes do not fit, U is not strictly upper triangular, or an entry is not finite.
+    Source: Chee et al. 2023, equation (2); :eq:`feedback` of chapter 2.
     """
+    if W.ndim != 2 or U.shape != (W.shape[1], W.shape[1]):
+        raise QuipError(f"W {tuple(W.shape)} and the feedback U {tuple(U.shape)} do not fit: must be (m, n) and (n, n)")
+    if U.tril().any():
+        raise QuipError("the feedback U must be strictly upper triangular: it has entries on or below its diagonal")
+    if not (torch.isfinite(W).all() and torch.isfinite(U).all()):
+        raise QuipError("W or the feedback U has NaN or infinite entries")
     What = torch.empty_like(W)
     for k in range(W.shape[1]):
         correction = (W[:, :k] - What[:, :k]) @ U[:k, k]

@@ -273,6 +273,16 @@ def test_inputs_that_never_occur(preset):
     assert quantize_matrix(W, 0 * H, 4, **PRESETS[preset]).report["relative_proxy_loss"] == 0
 
 
+def test_a_singular_hessian_gets_more_damping_and_the_report_says_so():
+    W, H = layer(12, 20)
+    H = torch.outer(H[0], H[0])  # one token, twenty inputs
+    q = quantize_matrix(W, H, 4, alpha=0)
+    assert 0 < q.report["alpha"] <= 1e-3 and q.report["alpha_asked"] == 0
+    assert q.report["relative_proxy_loss"] < 0.05
+    report = quantize_matrix(W, H, 4, alpha=0.01).report
+    assert report["alpha"] == 0.01 and "alpha_asked" not in report
+
+
 def test_takes_a_parameter_and_leaves_its_arguments_alone():
     W, H = layer(12, 20)
     weight = torch.nn.Parameter(W.bfloat16())
@@ -302,7 +312,10 @@ W0, H0 = layer(4, 6)
         (broken(H=H0 / 0), "model.q_proj: the Hessian has NaN"),
         (broken(H=H0.triu()), "model.q_proj: the Hessian is not symmetric"),
         (broken(H=-H0), "model.q_proj: the Hessian has a negative diagonal entry"),
-        (broken(H=torch.ones(6, 6), alpha=0), "model.q_proj: H is not positive definite"),
+        (
+            broken(H=2 * torch.ones(6, 6) - torch.eye(6)),
+            "model.q_proj is not positive definite but indefinite: its eigenvalues go from -1",
+        ),
         (broken(center="mode"), "damping center must be 'mean' or 'median', got 'mode'"),
     ],
 )

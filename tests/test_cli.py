@@ -40,6 +40,9 @@ def test_quantize_info_eval_generate(quantize, model_folder, text_file, tmp_path
     assert layer["shape"] == [88, 48]
     assert layer["bits_per_weight"] == pytest.approx(8 * (88 * 12 + 4 + 32) / (88 * 48))
     assert 0 < layer["relative_proxy_loss"] < 1
+    assert 0 < layer["predicted_loss"] < 1
+    for key in ("mu_weights", "mu_hessian", "trace_ratio"):
+        assert "→".join(f"{x:.{2 if key == 'trace_ratio' else 1}f}" for x in layer[key]) in out
     weights = 2 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 88 * 48)
     assert info["totals"]["quantized_weights"] == weights
     assert info["totals"]["other_parameters"] == 257 * 48 + 5 * 48

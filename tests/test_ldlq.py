@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quip.errors import QuipError
-from quip.ldlq import feedback_round, ldl, ldlq, ldlq_rounder
-from quip.proxy import proxy_loss
+from quip.ldlq import damp_to_definite, feedback_round, ldl, ldlq, ldlq_rounder
+from quip.proxy import damp, proxy_loss
 from quip.rounding import adaptive_round, nearest, stochastic
 
 sizes = st.integers(1, 12)
@@ -69,18 +69,113 @@ def test_the_factors_are_triangular_and_multiply_to_h(n, seed):
 
 
 @pytest.mark.parametrize(
-    "H",
+    ("H", "why"),
     [
-        torch.tensor([[1.0, 2.0], [2.0, 1.0]]),  # indefinite
-        torch.tensor([[1.0, 1.0], [1.0, 1.0]]),  # singular
-        torch.zeros(1, 1),
-        -torch.eye(3),
-        torch.full((2, 2), torch.nan),
+        (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), r"not positive definite but indefinite: .* from -1 to 3, so"),
+        (torch.ones(2, 2), r"not positive definite but singular up to rounding: .* from .* to 2; use more damping"),
+        (torch.zeros(1, 1), "singular up to rounding: its eigenvalues go from 0 to 0"),
+        (-torch.eye(3), "negative diagonal"),
+        (torch.full((2, 2), torch.nan), "NaN"),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "not symmetric"),
+        (torch.ones(2, 3), r"square, got shape \(2, 3\)"),
+        (torch.ones(3), r"square, got shape \(3,\)"),
     ],
 )
-def test_what_is_not_positive_definite_is_refused(H):
-    with pytest.raises(QuipError, match=r"not positive definite.*more damping"):
-        ldl(H)
+def test_ldl_says_what_is_wrong_with_h(H, why):
+    for function in (ldl, ldlq_rounder, lambda H: ldlq(torch.zeros(1, len(H), dtype=H.dtype), H)):
+        with pytest.raises(QuipError, match=why):
+            function(H)
+
+
+def test_where_single_precision_fails_ldl_takes_double():
+    X = torch.randint(-3, 4, (10, 200), generator=generator()).double()
+    H = X.T @ X + 2**-16 * torch.eye(200)  # exact in float32, whose 190 smallest pivots are noise
+    assert torch.equal(H.float().double(), H)
+    assert torch.linalg.cholesky_ex(H.float().flip(0, 1))[1]
+    single, double = ldl(H.float()), ldl(H)
+    for ours, exact in zip(single, double, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, exact.float())
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=sizes, tokens=sizes, seed=seeds, alpha=st.sampled_from([0, 1e-12, 0.01, 0.3, 2.0]))
+def test_enough_damping_for_a_factor_and_no_more(n, tokens, seed, alpha):
+    X = torch.randn(tokens, n, generator=generator(seed), dtype=torch.float64)
+    H = (X.T @ X / tokens).float()  # singular where there are fewer tokens than inputs, and rounded
+    damped, used = damp_to_definite(H, alpha, "median")
+    assert damped.dtype == torch.float64
+    assert torch.equal(damped, damp(H.double(), used, "median"))
+    ldl(damped)
+    tried = [alpha * 10.0**k for k in range(16)] if alpha else [0, *(10.0**k for k in range(-6, 1))]
+    assert used in tried[:1] + [a for a in tried if a <= 1]
+    for less in tried[: tried.index(used)]:
+        assert torch.linalg.cholesky_ex(damp(H.double(), less, "median"))[1]
+
+
+def test_damping_grows_tenfold_until_the_factorisation_works():
+    X = torch.randn(1000, 3, generator=generator(3), dtype=torch.float64)
+    X = X @ torch.randn(3, 64, generator=generator(4), dtype=torch.float64)
+    H = (X.T @ X / 1000).float()
+    lift = -torch.linalg.eigvalsh(H.double()).min() / H.diagonal().mean()
+    assert 1.1e-7 < lift < 0.9e-6  # what float32 did to its zeros: the next power of ten is 1e-6
+    for alpha, used in ((0.01, 0.01), (0, 1e-6), (3e-9, 3e-6 if lift > 3e-7 else 3e-7), (1e-8, 1e-6)):
+        assert damp_to_definite(H, alpha)[1] == pytest.approx(used)
+
+
+def test_inputs_that_are_always_zero_are_damped_too():
+    damped, used = damp_to_definite(torch.zeros(2, 2), 0)
+    assert used == 1e-6
+    assert torch.equal(damped, 1e-6 * torch.eye(2, dtype=torch.float64))
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(2, 12), seed=seeds, share=st.sampled_from([0.002, 0.3]), alpha=st.sampled_from([0, 0.01, 0.1, 1]))
+def test_no_damping_hides_that_h_is_indefinite(n, seed, share, alpha):
+    Q = torch.linalg.qr(torch.randn(n, n, generator=generator(seed), dtype=torch.float64))[0]
+    values = torch.ones(n, dtype=torch.float64)
+    values[0] = -share
+    H = (Q * values) @ Q.T
+    H = (H + H.T) / 2 + torch.diag((-H.diagonal()).clamp(min=0))  # a negative diagonal would be noticed before
+    if torch.linalg.eigvalsh(H)[0] > -0.0015:
+        return
+    with pytest.raises(
+        QuipError, match=r"layer 7 .* indefinite: its eigenvalues go from -.* to .*, so it is no second"
+    ):
+        damp_to_definite(H, alpha, name="layer 7")
+
+
+def test_no_damping_hides_an_indefinite_h_whose_rows_sum_to_zero():
+    H = torch.tensor([[0.5, 1.5, -2.0], [1.5, 0.5, -2.0], [-2.0, -2.0, 4.0]])
+    for H_ in (H, torch.tensor([[1.0, -2.0], [-2.0, 1.0]])):
+        with pytest.raises(QuipError, match="indefinite"):
+            damp_to_definite(H_, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("H", "alpha", "why"),
+    [
+        (torch.ones(2, 3), 0.01, "layer 7: the Hessian must be square"),
+        (torch.full((2, 2), torch.inf), 0.01, "layer 7: the Hessian has NaN or infinite"),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 0.01, "layer 7: the Hessian is not symmetric"),
+        (torch.eye(2), -0.01, "layer 7: the damping alpha must be 0 or a positive number, got -0.01"),
+        (torch.eye(2), float("nan"), "layer 7: the damping alpha"),
+    ],
+)
+def test_damping_names_the_layer(H, alpha, why):
+    with pytest.raises(QuipError, match=why):
+        damp_to_definite(H, alpha, name="layer 7")
+
+
+def test_damping_that_never_suffices_says_so():
+    # The median is 1 and cannot lift the noise of an input that is 10^8 times stronger.
+    H = torch.eye(5, dtype=torch.float64)
+    H[:2, :2] = 1e8 * torch.tensor([[1, 1 + 1e-7], [1 + 1e-7, 1]], dtype=torch.float64)
+    with pytest.raises(
+        QuipError, match=r"layer 7 is not positive definite, even with a damping alpha of 1: .* from -10 to"
+    ):
+        damp_to_definite(H, 0.01, "median", "layer 7")
+    assert damp_to_definite(H, 1e-9, "mean")[1] == pytest.approx(1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -156,6 +251,24 @@ def test_with_a_target_the_errors_are_still_those_of_w(m, n, leaf, seed):
     for k in range(n):
         What[:, k] = nearest(target[:, k] + (W[:, :k] - What[:, :k]) @ U[:k, k])
     assert torch.equal(feedback_round(W, U, target=target, leaf=leaf), What)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"W": rand(20)}, r"shapes do not fit: W \(20,\)"),
+        ({"U": random_feedback(19)}, r"U \(19, 19\)"),
+        ({"target": rand(4, 20)}, r"target \(4, 20\)"),
+        ({"U": random_feedback(20).float()}, "one dtype, got torch.float64, torch.float32"),
+        ({"W": torch.full((5, 20), torch.nan, dtype=torch.float64)}, "NaN"),
+        ({"U": random_feedback(20).T}, "strictly upper triangular"),
+        ({"U": random_feedback(20) + torch.eye(20)}, "strictly upper triangular"),
+        ({"leaf": 0}, "leaf must be at least 1 column, got 0"),
+    ],
+)
+def test_feedback_round_says_what_does_not_fit(change, why):
+    with pytest.raises(QuipError, match=why):
+        feedback_round(**({"W": rand(5, 20), "U": random_feedback(20)} | change))
 
 
 def test_the_arguments_stay_as_they_were():

@@ -1,5 +1,8 @@
 """The proxy loss, the second moment and damping."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,10 +54,90 @@ def test_relative_loss_is_1_for_the_zero_matrix_and_0_for_the_weights():
     assert relative_proxy_loss(0.9 * W, W, H) == pytest.approx(0.01)
 
 
-def test_relative_loss_of_a_layer_without_output_is_0():
+def test_relative_loss_of_a_layer_without_output_is_0_or_infinite():
     H = torch.diag(torch.tensor([1.0, 0.0]))
-    W, What = torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0, 2.0]])
-    assert relative_proxy_loss(What, W, H) == 0
+    W = torch.tensor([[0.0, 3.0]])
+    assert relative_proxy_loss(torch.tensor([[0.0, 2.0]]), W, H) == 0
+    assert relative_proxy_loss(torch.tensor([[1e-3, 3.0]]), W, H) == math.inf
+    assert relative_proxy_loss(torch.ones(2, 3), torch.zeros(2, 3), torch.eye(3)) == math.inf
+    assert relative_proxy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0
+
+
+def test_nan_is_not_hidden():
+    nan = torch.full((1, 1), torch.nan)
+    assert math.isnan(relative_proxy_loss(torch.ones(1, 1), torch.ones(1, 1), nan))
+    assert math.isnan(relative_proxy_loss(nan, torch.zeros(1, 1), torch.ones(1, 1)))
+
+
+@pytest.mark.parametrize("loss", [proxy_loss, relative_proxy_loss])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((2, 3), (2, 3), (2, 2)),
+        ((2, 3), (2, 3), (3, 4)),
+        ((2, 3), (2, 3), (3,)),
+        ((1, 3), (2, 3), (3, 3)),
+        ((3, 2), (2, 3), (3, 3)),
+        ((3,), (3,), (3, 3)),
+        ((1, 2, 3), (1, 2, 3), (3, 3)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_and_named(loss, shapes):
+    with pytest.raises(QuipError, match="do not fit") as caught:
+        loss(*map(torch.ones, shapes))
+    assert all(str(shape) in str(caught.value) for shape in shapes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(m=sizes, n=sizes, tokens=sizes, seed=seeds)
+def test_a_second_moment_is_symmetric_and_no_loss_is_negative(m, n, tokens, seed):
+    moment = SecondMoment(n)
+    moment.update(randn(tokens, n, seed=seed))
+    check_hessian(moment.H)
+    W = randn(m, n, seed=seed + 1)
+    assert proxy_loss(W, torch.zeros_like(W), moment.H) >= -1e-6 * proxy_loss(W, 0 * W, torch.eye(n).double())
+
+
+def up_or_down(W):
+    """Every way to round the entries of W up or down."""
+    choices = product([0.0, 1.0], repeat=W.numel())
+    return [W.floor() + torch.tensor(c, dtype=W.dtype).view_as(W) for c in choices]
+
+
+@settings(deadline=None, max_examples=15)
+@given(m=st.integers(1, 3), n=st.integers(1, 3), seed=seeds)
+def test_the_best_matrix_has_the_best_rows(m, n, seed):
+    W, H = 3 * randn(m, n, seed=seed), second_moment(randn(n + 2, n, seed=seed + 1))
+    together = min(proxy_loss(What, W, H) for What in up_or_down(W))
+    apart = sum(min(proxy_loss(row, W[[i]], H) for row in up_or_down(W[[i]])) for i in range(m))
+    assert together == pytest.approx(apart, rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=15)
+@given(n=st.integers(1, 6), seed=seeds, same=st.booleans())
+def test_without_correlation_nearest_is_best(n, seed, same):
+    W, strengths = 3 * randn(1, n, seed=seed), torch.ones(n) if same else randn(n, seed=seed + 1).exp()
+    H = torch.diag(strengths).double()
+    assert min(proxy_loss(What, W, H) for What in up_or_down(W)) == pytest.approx(
+        proxy_loss(W.round(), W, H), rel=1e-12
+    )
+
+
+@settings(deadline=None, max_examples=10)
+@given(m=st.integers(1, 3), n=st.integers(1, 4), tokens=sizes, seed=seeds)
+def test_second_order_term_of_a_task_loss(m, n, tokens, seed):
+    W, X = randn(m, n, seed=seed), randn(tokens, n, seed=seed + 1)
+    A = randn(m, m, seed=seed + 2)
+    A, H = A @ A.T, second_moment(X)
+
+    def hessian(f):
+        return torch.autograd.functional.hessian(f, W).reshape(m * n, m * n)
+
+    # f(y) = yᵀ A y: G = 2 A for every token, so the Hessian is 2 A ⊗ H; 2 H in each row if A is the identity
+    assert torch.allclose(hessian(lambda W: ((X @ W.T @ A) * (X @ W.T)).sum() / tokens), torch.kron(2 * A, H))
+    target = randn(m, n, seed=seed + 3)
+    expected = torch.kron(torch.eye(m).double(), 2 * H)
+    assert torch.allclose(hessian(lambda W: ((X @ (W - target).T) ** 2).sum() / tokens), expected)
 
 
 @settings(deadline=None, max_examples=40)
@@ -131,6 +214,45 @@ def test_many_small_batches_lose_nothing_beside_a_large_one():
     assert moment.H.item() * 1001 == pytest.approx(1e8 + 1000, abs=0.5)
 
 
+def uneven_inputs(tokens, dtype):
+    """Means that are not zero, strengths over four powers of ten, one input far ahead: width 16."""
+    scale = torch.logspace(-1, 1, 16, dtype=torch.float64)
+    scale[0] = 1000
+    return ((randn(tokens, 16) + 1) * scale).to(dtype)
+
+
+def largest_error(H, X):
+    direct = second_moment(X)
+    return ((H - direct).abs() / torch.outer(direct.diagonal(), direct.diagonal()).sqrt()).max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("products", "accuracy"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_accuracy_against_the_direct_sum(dtype, products, accuracy):
+    X = uneven_inputs(2**16, dtype)
+    moment = SecondMoment(16, products=products)
+    for batch in X.split(700):
+        moment.update(batch)
+    assert largest_error(moment.H, X) < accuracy
+
+
+def test_it_is_more_accurate_than_a_running_sum_in_float32():
+    X, total, moment = uneven_inputs(2**18, torch.float32), torch.zeros(16, 16), SecondMoment(16)
+    for batch in X.split(256):
+        total += batch.T @ batch
+        moment.update(batch)
+    assert largest_error(moment.H, X) < 0.5 * largest_error(total.double() / len(X), X)
+
+
+def test_a_nan_is_found_by_the_check_however_many_tokens_follow():
+    moment = SecondMoment(3, buffer=4)
+    moment.update(torch.tensor([[1.0, torch.nan, 2.0]]))
+    for _ in range(10):
+        moment.update(torch.ones(5, 3))
+    with pytest.raises(QuipError, match="up_proj: the Hessian has NaN"):
+        check_hessian(moment.H, "up_proj")
+
+
 def test_no_tokens_no_estimate():
     with pytest.raises(QuipError, match="no calibration tokens"):
         _ = SecondMoment(3).H
@@ -155,6 +277,7 @@ def test_a_second_moment_passes_the_check():
     [
         (torch.ones(2, 3), r"square.*\(2, 3\)"),
         (torch.ones(4), r"square.*\(4,\)"),
+        (torch.ones(0, 0), r"square.*\(0, 0\)"),
         (torch.tensor([[1.0, torch.nan], [torch.nan, 1.0]]), "NaN or infinite"),
         (torch.tensor([[torch.inf, 0.0], [0.0, 1.0]]), "NaN or infinite"),
         (torch.tensor([[1.0, 0.5], [0.4, 1.0]]), "not symmetric"),
@@ -197,3 +320,35 @@ def test_a_zero_hessian_is_damped_to_a_multiple_of_the_identity(center):
 def test_an_unknown_center_is_refused():
     with pytest.raises(QuipError, match="'mean' or 'median', got 'mode'"):
         damp(torch.eye(2), center="mode")
+
+
+@pytest.mark.parametrize("alpha", [-0.01, -math.inf, math.inf, math.nan])
+def test_an_impossible_amount_of_damping_is_refused(alpha):
+    with pytest.raises(QuipError, match=f"alpha .* got {alpha}"):
+        damp(torch.eye(2), alpha)
+
+
+def test_no_damping_is_allowed_and_a_copy():
+    H = torch.eye(2)
+    damped = damp(H, 0)
+    assert torch.equal(damped, H)
+    assert damped is not H
+
+
+@pytest.mark.parametrize("H", [torch.ones(2, 3), torch.full((2, 2), torch.nan), torch.tensor([[1.0, 1.0], [0.0, 1.0]])])
+def test_only_a_hessian_is_damped(H):
+    with pytest.raises(QuipError, match="the Hessian"):
+        damp(H)
+
+
+def test_the_mean_counts_dead_inputs():
+    H = torch.diag(torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0]))
+    assert (damp(H, 0.5, "mean") - H)[0, 0].item() == pytest.approx(0.5 * 4 / 5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(n=sizes, tokens=sizes, alpha=st.floats(0, 2), seed=seeds)
+def test_damping_raises_every_eigenvalue_alike(n, tokens, alpha, seed):
+    H = second_moment(randn(tokens, n, seed=seed))
+    raised = torch.linalg.eigvalsh(H) + alpha * H.diagonal().mean()
+    assert torch.allclose(torch.linalg.eigvalsh(damp(H, alpha)), raised, atol=1e-9)

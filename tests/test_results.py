@@ -1,0 +1,59 @@
+"""Recorded experiments, on a tiny model."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from quip import results
+from quip.layers import load_layers
+
+
+@pytest.fixture
+def arguments(model_folder, text_file, tmp_path):
+    return ["--model", str(model_folder), "--calib", str(text_file), "--samples", "8", "--seq-len", "64"]
+
+
+def test_layers(arguments, tmp_path):
+    out = tmp_path / "new" / "layers.json"
+    results.main(["layers", *arguments, "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    about, inputs, layers = record["about"], record["inputs"], record["layers"]
+    assert about["tokens"] == 8 * 64 and about["calibration"] == "file words.txt" and about["seconds"] >= 0
+    assert str(tmp_path) not in json.dumps(about)
+    assert len(layers) == 14 and len(inputs) == 8  # q, k and v share an input, gate and up another
+    assert {name for x in inputs.values() for name in x["layers"]} == set(layers)
+    for x in inputs.values():
+        assert 1 <= x["effective_rank"] <= x["n"] and x["ranks"][-1] == x["n"]
+        assert x["eigenvalues"] == sorted(x["eigenvalues"], reverse=True)
+        t = x["traces"]
+        assert t["least"] <= t["sorted"] and t["least"] <= t["own"] <= t["lemma_2"][0]
+        assert t["rotated"] <= t["lemma_2"][1] and 0 < t["formula"] <= 1
+    for x in layers.values():
+        t = inputs[x["input"]]["traces"]
+        assert x["losses"]["ldlq"] == pytest.approx(t["sorted"], rel=0.25)
+        assert x["losses"]["nearest"] == pytest.approx(1, abs=0.4)
+        assert all(math.isfinite(v) for v in x["losses"].values())
+
+
+def test_example_layers(arguments, tmp_path, monkeypatch, capsys):
+    name = "model.layers.1.self_attn.o_proj"
+    monkeypatch.setattr(results, "EXAMPLES", (name,))
+    results.main(["example-layers", *arguments, "--out", str(tmp_path / "x.safetensors")])
+    W, H = load_layers(tmp_path / "x.safetensors")[name]
+    assert W.shape == H.shape == (48, 48)
+    assert torch.isfinite(H).all() and name in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(arguments, tmp_path, capsys):
+    for wrong, message in (
+        (["example-layers", *arguments, "--out", str(tmp_path / "x")], "has no layer model.layers.10.self_attn.q_proj"),
+        (["layers", *arguments[:-1], "9999"], "text too short"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            results.main(wrong)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2
+        assert captured.err.splitlines()[-1].startswith("quip: error:") and message in captured.err
+    assert not (tmp_path / "x").exists()
