@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import QuipError
-from .incoherence import KroneckerTransform
+from .incoherence import IdentityTransform, KroneckerTransform, make_transform
 from .ldlq import damp_to_definite, ldlq_rounder
 from .proxy import check_hessian, relative_proxy_loss
 
@@ -44,12 +44,12 @@ def rescaling(W: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
 class Basis:
     """The basis in which a matrix is rounded: `W′ = U W D̃ Vᵀ`, `H′ = V D̃⁻¹ H D̃⁻¹ Vᵀ`; :eq:`basis`.
 
-    `V (n, n)` and `U (m, m)` are Kronecker transforms, `rescale` is D̃ `(n,)` or None. The proxy loss is the same in
-    both bases.
+    `V (n, n)` and `U (m, m)` are Kronecker transforms, or nothing at all; `rescale` is D̃ `(n,)` or None. The proxy loss
+    is the same in both bases.
     """
 
-    V: KroneckerTransform
-    U: KroneckerTransform
+    V: KroneckerTransform | IdentityTransform
+    U: KroneckerTransform | IdentityTransform
     rescale: torch.Tensor | None = None
 
     def enter(self, W: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,12 +159,15 @@ def quantize_matrix(
     pre_clamp: bool = False,
     alpha: float = 0.1,
     center: str = "median",
+    incoherence: str = "kron",
+    permute: bool = True,
     name: str = "W",
 ) -> QuantizedMatrix:
     """Quantize one matrix to `bits` (2, 3 or 4) by QuIP: algorithm :prf:ref:`quip`, Algorithm 3 of Chee et al. 2023.
 
-    `seeds` make V and U. `rounder(H)` returns the rounding, `refine` improves its codes. `rescale`, the damping `alpha`
-    and `center`, and `order`, `rho` and `pre_clamp` of `round_matrix` are the choices of `PRESETS`. Where the damped H
+    `seeds` make V and U; `incoherence="none"` leaves W in its own basis, `permute=False` takes the permutations out of
+    V and U. `rounder(H)` returns the rounding, `refine` improves its codes. `rescale`, the damping `alpha` and
+    `center`, and `order`, `rho` and `pre_clamp` of `round_matrix` are the choices of `PRESETS`. Where the damped H
     cannot be factored, `damp_to_definite` damps it more, and the report says so. Computed in float64 but for the
     rounding, in float32. Raises `QuipError`, naming `name`, for bad input.
     """
@@ -173,7 +176,8 @@ def quantize_matrix(
     m, n = W.shape
     asked = alpha
     damped, alpha = damp_to_definite(H, alpha, center, name)
-    V, U = (KroneckerTransform(k, s, torch.float64).to(W.device) for k, s in zip((n, m), seeds, strict=True))
+    kind = {"dtype": torch.float64, "incoherence": incoherence, "permute": permute}
+    V, U = (make_transform(k, s, **kind).to(W.device) for k, s in zip((n, m), seeds, strict=True))
     basis = Basis(V, U, rescaling(W, damped).float().double() if rescale else None)
     try:
         W_, H_ = basis.enter(W, damped)

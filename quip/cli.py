@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
     p.add_argument("--seq-len", type=int, default=1024, help="tokens in a sample (default: 1024)")
     p.add_argument("--seed", type=int, default=0, help="of samples and transforms (default: 0)")
-    p.add_argument("--preset", default="default", help="default, or paper: the published setting")
+    add_choices(p.add_argument_group("method"))
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint of quip")
     p.set_defaults(run=run_quantize)
@@ -90,6 +90,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_choices(p: argparse._ArgumentGroup) -> None:
+    """Options for every step of the method; what is not given is the preset's (`quip.methods.choose`)."""
+    on_or_off = argparse.BooleanOptionalAction
+    p.add_argument("--preset", default="default", help="default, or paper: the published setting")
+    p.add_argument("--method", help="near, stoch, ldlq, optq, ldlq-rg, greedy or admm, in place of the preset's")
+    p.add_argument("--passes", type=int, help="greedy passes after rounding")
+    p.add_argument("--incoherence", metavar="KIND", help="kron (Kronecker transforms) or none")
+    p.add_argument("--permute", action=on_or_off, help="a random permutation in each transform")
+    p.add_argument(
+        "--rescale", action=on_or_off, help="rescale the columns of W by the fourth root of diag(H)/diag(WᵀW)"
+    )
+    p.add_argument("--order", action=on_or_off, help="round the columns of largest diag(H) first")
+    p.add_argument("--range", dest="rho", metavar="RHO", help="the grid's half width in RMS of the weights, or search")
+    p.add_argument("--pre-clamp", action=on_or_off, help="clamp W to the grid before it is rounded")
+    p.add_argument("--alpha", type=float, help="damping, as a share of the centre of diag(H)")
+    p.add_argument("--center", metavar="KIND", help="of diag(H): mean or median")
+
+
+CHOICES = ("method", "passes", "incoherence", "permute", "rescale", "order", "rho", "pre_clamp", "alpha", "center")
+
+
+def given_choices(args: argparse.Namespace) -> dict:
+    """The options of `add_choices` that were given, by name."""
+    changes = {key: getattr(args, key) for key in CHOICES if getattr(args, key) is not None}
+    if changes.get("rho", "search") != "search":
+        try:
+            changes["rho"] = float(changes["rho"])
+        except ValueError:
+            raise QuipError(f"--range must be a number or search, got {changes['rho']!r}") from None
+    return changes
+
+
 def pick_device(name: str | None) -> str:
     """The device of that name, or a GPU if there is one. Raises `QuipError` if torch cannot use it."""
     import torch
@@ -113,7 +145,8 @@ def run_quantize(args: argparse.Namespace) -> None:
     from quip import data, models
 
     quiet_transformers()
-    models.check_arguments(args.bits, args.preset, args.seed)
+    changes = given_choices(args)
+    choices = models.check_arguments(args.bits, args.seed, args.preset, **changes)
     models.check_output(Path(args.out), args.overwrite)
     device = pick_device(args.device)
     text = data.load_text(args.calib, "calibration")
@@ -121,11 +154,12 @@ def run_quantize(args: argparse.Namespace) -> None:
     ids = data.tokenize(tokenizer, text)
     chosen = data.samples(ids, args.samples, args.seq_len, args.seed, text.source)
     start = time.perf_counter()
-    reports = models.quantize_model(model, chosen, args.bits, args.seed, args.preset)
+    reports = models.quantize_model(model, chosen, args.bits, args.seed, args.preset, **changes)
     settings = {
         "model": args.model,
         "bits": args.bits,
         "preset": args.preset,
+        **choices,
         "seed": args.seed,
         "calibration": text.source,
         "samples": args.samples,

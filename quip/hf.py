@@ -18,23 +18,29 @@ FORMAT = 1  # of packed codes and seeded transforms; a reader refuses what it do
 class QuipConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: what must be known before its tensors are read.
 
-    `bits` (2, 3 or 4) and `rescale` (whether layers store D̃) hold for every quantized layer; the linear layers named in
-    `modules_to_not_convert` are ordinary ones. `format` is the version of the file format.
+    `bits` (2, 3 or 4), `rescale` (whether layers store D̃), `incoherence` and `permute` (what V and U are) hold for
+    every quantized layer; the linear layers named in `modules_to_not_convert` are ordinary ones. `format` is the
+    version of the file format.
     """
 
     def __init__(
         self,
         bits: int = 2,
         rescale: bool = False,
+        incoherence: str = "kron",
+        permute: bool = True,
         modules_to_not_convert: list[str] | None = None,
         format: int = FORMAT,
         **kwargs,
     ):
         self.quant_method = "quip"
         self.bits, self.rescale, self.format = bits, rescale, format
+        self.incoherence, self.permute = incoherence, permute
         self.modules_to_not_convert = modules_to_not_convert or []
         if bits not in (2, 3, 4) or isinstance(bits, bool):
             raise QuipError(f"quantization_config: bits must be 2, 3 or 4, got {bits!r}")
+        if incoherence not in ("kron", "none"):
+            raise QuipError(f"quantization_config: incoherence must be 'kron' or 'none', got {incoherence!r}")
         if format != FORMAT:
             raise QuipError(f"quantization_config: this version of quip reads format {FORMAT}, not {format!r}")
 
@@ -48,12 +54,12 @@ class QuipHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         config = self.quantization_config
+        stored = config.rescale, config.incoherence, config.permute
         for name, layer in list(model.named_modules()):
             if isinstance(layer, torch.nn.Linear) and should_convert_module(name, config.modules_to_not_convert):
                 with torch.device("meta"):
-                    empty = QuantizedLinear(
-                        layer.in_features, layer.out_features, config.bits, layer.bias is not None, config.rescale
-                    )
+                    size = layer.in_features, layer.out_features
+                    empty = QuantizedLinear(*size, config.bits, layer.bias is not None, *stored)
                 model.set_submodule(name, empty)
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mu_weights', 'mu_hessian', 'haar_orthogonal', 'factor_pair', 'kronecker_stages', 'kronecker_multiply',
-           'KroneckerTransform', 'mu_bound']
+           'KroneckerTransform', 'IdentityTransform', 'make_transform', 'mu_bound']
 
 # %% ../book/04_incoherence.ipynb #incoherence-08
 import math
@@ -102,16 +102,20 @@ class KroneckerTransform(torch.nn.Module):
     `RandomState`, are built in float64, then kept in `dtype`. They are buffers that follow `.to()` and stay out of the
     `state_dict`. `fingerprint` is V applied to a fixed vector, summed with fixed weights, in units of 2⁻²⁰: another
     seed, permutation or factor changes it, another LAPACK's last bits do not. Cost of one vector: O(n^1.5). Raises
-    `QuipError` for n < 1, a seed outside `0 … 2³² − 1`, and inputs of another width.
+    `QuipError` for n < 1, a seed outside `0 … 2³² − 1`, and inputs of another width. `permute=False` leaves the
+    permutation out, to see what it does; the factors stay the same.
     """
 
-    def __init__(self, n: int, seed: int, dtype: torch.dtype = torch.float32):
+    incoherence = "kron"
+
+    def __init__(self, n: int, seed: int, dtype: torch.dtype = torch.float32, permute: bool = True):
         super().__init__()
         if n < 1 or not 0 <= seed < 2**32:
             raise QuipError(f"a transform needs a width n ≥ 1 and a seed of 0 … 2³² − 1, got n = {n}, seed = {seed}")
         rng = np.random.RandomState(seed)
-        self.n, self.seed = n, seed
-        perm = rng.permutation(n)
+        self.n, self.seed, self.permute = n, seed, permute
+        perm = rng.permutation(n)  # drawn in any case, so that the factors are the same
+        perm = perm if permute else np.arange(n)
         self._keep("perm", perm)
         self._keep("inverse_perm", np.argsort(perm))
         self.offsets = []
@@ -153,6 +157,40 @@ class KroneckerTransform(torch.nn.Module):
     def both_sides(self, H: torch.Tensor) -> torch.Tensor:  # (n, n) -> (n, n)
         """V H Vᵀ of a symmetric H."""
         return self(self(H).T)
+
+
+class IdentityTransform(torch.nn.Module):
+    """No transform at all, in the form of a `KroneckerTransform`: the layer's own basis."""
+
+    incoherence, permute = "none", False
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n, self.seed, self.fingerprint = n, 0, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself."""
+        return x
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """x itself."""
+        return x
+
+    def both_sides(self, H: torch.Tensor) -> torch.Tensor:
+        """H itself."""
+        return H
+
+
+def make_transform(
+    n: int, seed: int, dtype: torch.dtype = torch.float32, incoherence: str = "kron", permute: bool = True
+) -> KroneckerTransform | IdentityTransform:
+    """The transform of width n that a layer's settings ask for: `incoherence` is "kron" or "none".
+
+    Raises `QuipError` for another `incoherence`, and as `KroneckerTransform` does.
+    """
+    if incoherence not in ("kron", "none"):
+        raise QuipError(f"incoherence must be 'kron' or 'none', got {incoherence!r}")
+    return IdentityTransform(n) if incoherence == "none" else KroneckerTransform(n, seed, dtype, permute)
 
 # %% ../book/04_incoherence.ipynb #incoherence-44
 def mu_bound(entries: int, factors: int, delta: float = 0.01) -> float:

@@ -10,7 +10,7 @@ import torch
 
 from .algorithm import QuantizedMatrix
 from .errors import QuipError
-from .incoherence import KroneckerTransform
+from .incoherence import make_transform
 
 # %% ../book/09_kernels.ipynb #kernels-13
 def packed_width(n: int, bits: int) -> int:
@@ -54,14 +54,24 @@ class QuantizedLinear(torch.nn.Module):
 
     What is saved: `qweight` (packed codes), `scale`, `transforms` (int64, seed and fingerprint of V, then of U), and,
     where there is one, `rescale` (D̃) and `bias`. V and U are built from their seeds by `build`, to be called after
-    loading.
+    loading. `incoherence` and `permute` say what they are, as in `quip.incoherence.make_transform`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = False, rescale: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool = False,
+        rescale: bool = False,
+        incoherence: str = "kron",
+        permute: bool = True,
+    ):
         super().__init__()
         if bits not in (2, 3, 4):
             raise QuipError(f"bits must be 2, 3 or 4, got {bits!r}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.incoherence, self.permute = incoherence, permute
         width = packed_width(in_features, bits)
         self.register_buffer("qweight", torch.zeros(out_features, width, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
@@ -74,7 +84,8 @@ class QuantizedLinear(torch.nn.Module):
     def from_matrix(cls, q: QuantizedMatrix, bias: torch.Tensor | None = None) -> "QuantizedLinear":
         """The layer that holds a quantized matrix, ready to run, on the matrix's device."""
         (m, n), basis = q.codes.shape, q.basis
-        layer = cls(n, m, q.bits, bias is not None, basis.rescale is not None).to(q.codes.device)
+        kind = basis.V.incoherence, basis.V.permute
+        layer = cls(n, m, q.bits, bias is not None, basis.rescale is not None, *kind).to(q.codes.device)
         layer.qweight = pack(q.codes, q.bits)
         layer.scale.fill_(q.scale)
         layer.transforms = torch.tensor([[t.seed, t.fingerprint] for t in (basis.V, basis.U)]).to(q.codes.device)
@@ -89,7 +100,10 @@ class QuantizedLinear(torch.nn.Module):
         for attribute, width, (seed, fingerprint) in zip(
             "VU", (self.in_features, self.out_features), self.transforms.tolist(), strict=True
         ):
-            transform = KroneckerTransform(width, seed) if 0 <= seed < 2**32 else None
+            valid = 0 <= seed < 2**32
+            transform = (
+                make_transform(width, seed, incoherence=self.incoherence, permute=self.permute) if valid else None
+            )
             if transform is None or abs(transform.fingerprint - fingerprint) > 4:
                 raise QuipError(f"{name}: the transform of seed {seed} is not the one this checkpoint was made with")
             setattr(self, attribute, transform.to(self.qweight.device))

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,10 +22,10 @@ from quip import bounds, data, models
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
 from quip.cli import fail, pick_device, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
-from quip.grids import greedy_passes
 from quip.incoherence import KroneckerTransform, mu_weights
 from quip.layers import save_layers
 from quip.ldlq import feedback_round, ldl
+from quip.methods import choose, matrix_arguments
 from quip.proxy import damp, proxy_loss
 from quip.rounding import nearest
 
@@ -188,8 +187,7 @@ def measure_layer(W: torch.Tensor, H: torch.Tensor, seeds: tuple[int, int], name
     `ldlq` and `nearest` round to all integers; `quip` is the default in full: clamped, then improved by greedy passes.
     """
     W = W.double()
-    refine = partial(greedy_passes, passes=models.PASSES["default"])
-    q = quantize_matrix(W, H, 2, seeds=seeds, refine=refine, name=name)
+    q = quantize_matrix(W, H, 2, seeds=seeds, name=name, **matrix_arguments(choose()))
     W_, H_ = q.basis.enter(W, damp(H, q.settings["alpha"], q.settings["center"]))
     columns = column_order(H_)
     H_, target, codes = H_[columns][:, columns], to_grid(W_, q.scale, q.bits)[:, columns], q.codes[:, columns].double()
