@@ -1,6 +1,8 @@
-"""The LDL decomposition, feedback in blocks, and LDLQ."""
+"""The LDL decomposition, LDLQ and what it guarantees, feedback in blocks, and OPTQ."""
 
 from functools import partial
+from itertools import product
+from pathlib import Path
 from time import perf_counter
 
 import pytest
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quip.errors import QuipError
-from quip.ldlq import damp_to_definite, feedback_round, ldl, ldlq, ldlq_rounder
+from quip.layers import load_layers
+from quip.ldlq import damp_to_definite, feedback_round, ldl, ldlq, ldlq_rounder, optq
 from quip.proxy import damp, proxy_loss
 from quip.rounding import adaptive_round, nearest, stochastic
 
@@ -35,6 +38,12 @@ def random_hessian(n, seed=0):
 
 def random_feedback(n, seed=0):
     return torch.randn(n, n, generator=generator(seed), dtype=torch.float64).triu(1) / n
+
+
+def shaped(H, F):
+    """`M_F = (F + I)⁻¹ H (F + I)⁻ᵀ`, under which rounding with feedback F is plain rounding."""
+    inverse = torch.linalg.inv(F + torch.eye(len(H)))
+    return inverse @ H @ inverse.T
 
 
 def ldl_by_elimination(H):
@@ -195,8 +204,7 @@ def test_no_other_feedback_does_better_on_average(n, seed, scale):
     U, d = ldl(H)
 
     def average(F):
-        inverse = torch.linalg.inv(F + torch.eye(n))
-        return torch.trace(inverse @ H @ inverse.T).item()
+        return shaped(H, F).trace().item()
 
     assert average(U) == pytest.approx(d.sum().item(), rel=1e-6)
     assert average(U + scale * random_feedback(n, seed)) >= average(U) * (1 - 1e-9)
@@ -221,6 +229,100 @@ def test_no_weights_lose_more_than_a_quarter_of_tr_d():
     What = ldlq(W, H)
     assert torch.equal(What, torch.full_like(W, 5))
     assert proxy_loss(What, W, H) == pytest.approx(3 / 4 * d.sum().item(), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(1, 7), seed=seeds, scale=st.sampled_from([0.0, 0.1, 1.0, "ldl"]))
+def test_the_worst_case_of_nearest_rounding_is_the_worst_sign_pattern(n, seed, scale):
+    H = random_hessian(n, seed)
+    U, d = ldl(H)
+    F = U if scale == "ldl" else n * scale * random_feedback(n, seed + 1)
+    signs = torch.tensor(list(product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
+    losses = ((signs @ shaped(H, F)) * signs).sum(1) / 4
+    assert losses.max() >= losses.mean() * (1 - 1e-9) >= d.sum() / 4 * (1 - 1e-6)
+    # Every pattern can be had: eta is a hair less than s/2 in all of them, and their rows lose what is predicted.
+    eps = 1e-4
+    W = 5 - (0.5 - eps) * signs @ torch.linalg.inv(F + torch.eye(n))
+    What = adaptive_round(W, F)
+    assert torch.equal(What, torch.full_like(W, 5))
+    measured = (((What - W) @ H) * (What - W)).sum(1)
+    assert torch.allclose(measured, (1 - 2 * eps) ** 2 * losses, rtol=1e-6)
+    if scale == "ldl":
+        assert torch.allclose(losses, d.sum() / 4, rtol=1e-6)
+    # And no row loses more.
+    W = rand(50, n, seed=seed)
+    E = adaptive_round(W, F) - W
+    assert ((E @ H) * E).sum(1).max() <= losses.max() * (1 + 1e-9)
+
+
+def expected_loss(w, H, F):
+    """Of stochastic rounding, exactly: the sum over all 2ⁿ outcomes, each with its probability."""
+    total = 0.0
+    for ups in product((0, 1), repeat=len(w)):
+        what, probability = torch.zeros_like(w), 1.0
+        for k, up in enumerate(ups):
+            z = w[k] + (w[:k] - what[:k]) @ F[:k, k]
+            f = z - z.floor()
+            what[k] = z.floor() + up
+            probability = probability * (f if up else 1 - f)
+        total += probability * (what - w) @ H @ (what - w)
+    return float(total)
+
+
+@settings(deadline=None, max_examples=25)
+@given(n=st.integers(1, 5), seed=seeds, scale=st.sampled_from([0.0, 0.5, "ldl"]))
+def test_stochastic_rounding_expects_at_most_a_quarter_of_the_trace(n, seed, scale):
+    H = random_hessian(n, seed)
+    F = ldl(H)[0] if scale == "ldl" else n * scale * random_feedback(n, seed + 1)
+    bound = shaped(H, F).trace().item() / 4
+    assert 0 <= expected_loss(rand(n, seed=seed + 2), H, F) <= bound * (1 + 1e-9)
+    w = torch.zeros(n, dtype=torch.float64)
+    w[0] = 0.5  # the first fractional part is free, and reaches the bound alone
+    assert expected_loss(w[:1], H[:1, :1], F[:1, :1]) == pytest.approx(H[0, 0].item() / 4)
+
+
+def test_with_stochastic_rounding_another_feedback_can_have_a_better_worst_case():
+    U = torch.tensor([[0.0, 0.3], [0.0, 0.0]], dtype=torch.float64)
+    other = torch.tensor([[0.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
+    H = (U + torch.eye(2)) @ (U + torch.eye(2)).T
+    assert torch.allclose(ldl(H)[0], U)
+    grid = torch.arange(20, dtype=torch.float64) / 20
+    worst = {F: max(expected_loss(w, H, F) for w in torch.cartesian_prod(grid, grid)) for F in (U, other)}
+    assert worst[U] == pytest.approx((2 - 0.3**2) / 4)  # less than tr D / 4 = 0.5, and not the least:
+    assert worst[other] == pytest.approx((2 - 0.3 + 0.3**2) / 4)
+
+
+@settings(deadline=None, max_examples=10)
+@given(n=st.integers(2, 8), seed=seeds, scale=st.sampled_from([0.0, 0.3]))
+def test_descent_on_the_average_loss_ends_at_ldl(n, seed, scale):
+    H = random_hessian(n, seed)
+    U, d = ldl(H)
+    R = (U + torch.eye(n)) * (d / d.sum()).sqrt()
+    F, seen = (n * scale * random_feedback(n, seed)).requires_grad_(), []
+    optimiser = torch.optim.LBFGS(
+        [F], max_iter=300, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=0
+    )
+
+    def loss():
+        optimiser.zero_grad()
+        value = torch.linalg.solve_triangular(F.triu(1) + torch.eye(n), R, upper=True).square().sum()
+        value.backward()
+        seen.append(value.item())
+        return value
+
+    optimiser.step(loss)
+    assert 1 - 1e-9 < min(seen) < 1.01
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=sizes, seed=seeds)
+def test_the_product_of_d_is_the_same_in_any_order(n, seed):
+    H = random_hessian(n, seed)
+    order = torch.randperm(n, generator=generator(seed))
+    d, shuffled = ldl(H)[1], ldl(H[order][:, order])[1]
+    assert torch.allclose(d.log().sum(), shuffled.log().sum(), atol=1e-6)
+    assert torch.allclose(d.log().sum(), H.logdet(), atol=1e-6)
+    assert (d.log().mean().exp() * n <= d.sum() * (1 + 1e-9)).item()
 
 
 @settings(deadline=None, max_examples=60)
@@ -316,6 +418,87 @@ def test_it_factors_in_float64_and_rounds_in_the_dtype_of_w():
     assert not torch.equal(codes, feedback_round(W, ldl(H)[0]))
 
 
+def naive_optq(W, H, rounding):
+    """The inverse of H for the columns that are left, kept by elimination; the rest of W moves after every column."""
+    W, P, codes = W.clone(), torch.linalg.inv(H), torch.zeros_like(W)
+    for k in range(W.shape[1]):
+        codes[:, k] = rounding(W[:, k])
+        W[:, k + 1 :] -= torch.outer(W[:, k] - codes[:, k], P[k, k + 1 :] / P[k, k])
+        P = P - torch.outer(P[:, k], P[k]) / P[k, k]
+    return codes
+
+
+@settings(deadline=None, max_examples=60)
+@given(m=sizes, n=st.integers(1, 30), seed=seeds, rule=st.sampled_from(["nearest", "clamped", "stochastic"]))
+def test_optq_gives_the_codes_of_ldlq(m, n, seed, rule):
+    H, W = random_hessian(n, seed), rand(m, n, seed=seed + 1)
+    maxq = 3 if rule == "clamped" else None
+    rounding = partial(stochastic, generator=generator(seed)) if rule == "stochastic" else nearest
+    codes = optq(W, H, maxq, rounding)
+    assert torch.equal(codes, feedback_round(W, ldl(H)[0], rules(seed)[rule]()))
+    assert torch.equal(codes, naive_optq(W, H, rules(seed)[rule]()))
+
+
+def test_optq_gives_the_codes_of_ldlq_on_real_layers():
+    layers = load_layers(Path(__file__).parent.parent / "book/data/smollm2.safetensors")
+    for W, H in layers.values():
+        H = damp_to_definite(H)[0]
+        W = W[:48] / W.std()
+        codes = ldlq(W, H)
+        assert torch.equal(codes, optq(W, H))
+        U, d = ldl(H)
+        eta = codes - (W + (W - codes) @ U)
+        assert proxy_loss(codes, W, H) == pytest.approx((eta.square() * d).sum().item(), rel=1e-9)
+        assert proxy_loss(codes, W, H) < proxy_loss(nearest(W), W, H) / 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(n=sizes, seed=seeds)
+def test_the_rows_of_optq_s_factor_are_those_of_the_inverse_of_u_plus_i(n, seed):
+    H = random_hessian(n, seed)
+    T = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    U, d = ldl(H)
+    inverse = torch.linalg.inv(U + torch.eye(n))
+    assert torch.allclose(T / T.diagonal()[:, None], inverse, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(T.diagonal() ** -2, d, rtol=1e-6)
+
+
+def test_optq_keeps_the_dtype_and_the_arguments():
+    W, H = rand(20, 16).float(), random_hessian(16)
+    before = W.clone(), H.clone()
+    assert optq(W, H, 3).dtype == torch.float32
+    assert all(map(torch.equal, (W, H), before))
+
+
+@pytest.mark.parametrize("method", [ldlq, optq])
+@pytest.mark.parametrize(
+    ("W", "H", "why"),
+    [
+        (rand(2, 4), torch.eye(3), r"weights \(2, 4\) do not fit a Hessian \(3, 3\)"),
+        (rand(3), torch.eye(3), r"weights \(3,\) do not fit"),
+        (torch.full((2, 3), torch.inf), torch.eye(3), "weights have NaN or infinite"),
+        (rand(2, 3), torch.ones(3, 3), "singular up to rounding"),
+        (rand(2, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "indefinite"),
+        (rand(2, 3), torch.eye(3)[:2], "square"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(method, W, H, why):
+    with pytest.raises(QuipError, match=why):
+        method(W, H)
+
+
+def test_the_other_order_is_ldlq_of_the_reversed_problem_and_differs():
+    """The code of the QuIP paper: a lower factor, columns from last to first."""
+    W, H = rand(20, 16), random_hessian(16)
+    L = torch.linalg.cholesky(H)
+    L = L / L.diagonal()
+    What = torch.empty_like(W)
+    for k in reversed(range(16)):
+        What[:, k] = nearest(W[:, k] + (W[:, k + 1 :] - What[:, k + 1 :]) @ L[k + 1 :, k])
+    assert torch.equal(What, ldlq(W.flip(1), H.flip(0, 1)).flip(1))
+    assert not torch.equal(What, ldlq(W, H))
+
+
 def test_a_rounder_factors_once_and_serves_any_number_of_matrices():
     H = random_hessian(12)
     rounder = ldlq_rounder(H)
@@ -324,11 +507,6 @@ def test_a_rounder_factors_once_and_serves_any_number_of_matrices():
     for seed, maxq in ((1, None), (2, 3)):
         W = rand(6, 12, seed=seed)
         assert torch.equal(rounder(W, maxq), ldlq(W, H_before, maxq))
-
-
-def test_ldlq_refuses_what_it_cannot_factor():
-    with pytest.raises(QuipError, match="not positive definite"):
-        ldlq(rand(2, 3), torch.ones(3, 3))
 
 
 @pytest.mark.slow
