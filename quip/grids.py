@@ -26,8 +26,8 @@ def greedy_pass(
     """One pass of coordinate descent: every column in turn moves to its best grid point, given all others.
 
     The best point of column k is the nearest to `W_k + Σ_{l≠k} (W − Ŵ)_l H_lk / H_kk`; :eq:`greedy`. So a pass is
-    adaptive rounding: the columns before k are the feedback, with `U_lk = H_lk / H_kk` (l < k), and those after k, not
-    yet moved, are part of the target. Errors are taken after the clamp, so the proxy loss never rises;
+    adaptive rounding with the feedback `U_lk = H_lk / H_kk` from the columns before k, with their new errors, and from
+    those after k, with their old ones. Errors are taken after the clamp, so the proxy loss never rises;
     :prf:ref:`greedy-descends`. Raises `QuipError` for shapes that do not fit, NaN, and a zero on the diagonal of H.
     """
     if What.shape != W.shape or H.shape != W.shape[1:] * 2:
@@ -36,8 +36,7 @@ def greedy_pass(
     h = H.diagonal()
     if not (h > 0).all():
         raise QuipError("greedy passes need every diagonal entry of H to be positive: damp it first")
-    target = W - ((What - W) @ H.tril(-1)) / h
-    return feedback_round(W, H.triu(1) / h, partial(nearest, maxq=maxq), target)
+    return feedback_round(W, (H / h).fill_diagonal_(0), partial(nearest, maxq=maxq), What)
 
 # %% ../book/07_grids.ipynb #grids-26
 def greedy_passes(

@@ -82,48 +82,58 @@ def feedback_round(
     W: torch.Tensor,  # (m, n), in units of the grid
     U: torch.Tensor,  # (n, n), strictly upper triangular
     rounding: Callable[[torch.Tensor], torch.Tensor] = nearest,
-    target: torch.Tensor | None = None,  # (m, n), W unless given
+    start: torch.Tensor | None = None,  # (m, n)
     leaf: int = 16,
 ) -> torch.Tensor:
-    """Adaptive rounding `Ŵ = Q(T + (W − Ŵ) U)` in recursive blocks: the same sums as `adaptive_round`, as products.
+    """Adaptive rounding `Ŵ = Q(W + (W − Ŵ) U)` in recursive blocks: the same sums as `adaptive_round`, as products.
 
     Half of the columns are rounded, their errors reach the other half in one matrix product, and so on down to `leaf`
-    columns. `target` T replaces W as what is rounded; errors are still measured from W. Returns Ŵ `(m, n)`. Raises
-    `QuipError` for shapes or dtypes that do not fit, NaN, U not strictly upper triangular, and a leaf below 1.
+    columns. With `start`, a Ŵ from before, columns that are still to come count too: until its turn, a column has the
+    error of `start`, and U may have entries below the diagonal. Returns Ŵ `(m, n)`. Raises `QuipError` for shapes or
+    dtypes that do not fit, NaN, a leaf below 1, and U not strictly upper triangular (with `start`, not zero on the
+    diagonal).
     """
-    _check_feedback(W, U, W if target is None else target, leaf)
+    _check_feedback(W, U, start, leaf)
     Wt, Ut = W.T.contiguous(), U.T.contiguous()  # a column of W is a contiguous row here
-    T = (Wt if target is None else target.T).clone(memory_format=torch.contiguous_format)
-    What, E = torch.empty_like(Wt), torch.empty_like(Wt)  # E = W − Ŵ
-    w, t, what, e = (x.unbind(0) for x in (Wt, T, What, E))  # lists of columns: a slice a step costs more than its sum
+    T, What = Wt.clone(), torch.empty_like(Wt)
+    E = torch.zeros_like(Wt) if start is None else Wt - start.T  # W − Ŵ
+    w, t, e = (x.unbind(0) for x in (Wt, T, E))  # lists of columns: a slice a step would cost more than its sum
 
     def sweep(i: int, j: int) -> None:
         if j - i > leaf:
             mid = (i + j) // 2
+            if start is not None:
+                T[i:mid].addmm_(Ut[i:mid, mid:j], E[mid:j])
             sweep(i, mid)
             T[mid:j].addmm_(Ut[mid:j, i:mid], E[i:mid])
             sweep(mid, j)
             return
-        errors, feedback = E[i:j].T, Ut[i:j, i:j].unbind(0)
+        errors, feedback, codes = E[i:j].T, Ut[i:j, i:j].unbind(0), []
         for k in range(i, j):
-            if k > i:
-                t[k].addmv_(errors[:, : k - i], feedback[k - i][: k - i])
-            torch.sub(w[k], what[k].copy_(rounding(t[k])), out=e[k])
+            codes.append(rounding(t[k].addmv_(errors, feedback[k - i])))
+            torch.sub(w[k], codes[-1], out=e[k])
+        torch.stack(codes, out=What[i:j])
 
-    sweep(0, len(Wt))
+    if len(Wt) > 0:
+        sweep(0, len(Wt))
     return What.T
 
 
-def _check_feedback(W: torch.Tensor, U: torch.Tensor, target: torch.Tensor, leaf: int) -> None:
-    if W.ndim != 2 or U.shape != (W.shape[1], W.shape[1]) or target.shape != W.shape:
-        shapes = f"W {tuple(W.shape)}, U {tuple(U.shape)} and target {tuple(target.shape)}"
-        raise QuipError(f"shapes do not fit: {shapes} should be (m, n), (n, n) and (m, n)")
-    if not W.dtype == U.dtype == target.dtype:
-        raise QuipError(f"W, U and target must have one dtype, got {W.dtype}, {U.dtype} and {target.dtype}")
-    if not all(torch.isfinite(x).all() for x in (W, U, target)):
-        raise QuipError("W, U or target has NaN or infinite entries")
-    if U.tril().any():
-        raise QuipError("the feedback U must be strictly upper triangular: zero on and below the diagonal")
+def _check_feedback(W: torch.Tensor, U: torch.Tensor, start: torch.Tensor | None, leaf: int) -> None:
+    given = {"W": W, "U": U} | ({} if start is None else {"start": start})
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+    if W.ndim != 2 or U.shape != (W.shape[1], W.shape[1]) or (start is not None and start.shape != W.shape):
+        raise QuipError(f"shapes do not fit: {shapes} should be (m, n), (n, n) and, for start, (m, n)")
+    if len({x.dtype for x in given.values()}) > 1:
+        raise QuipError(
+            f"{', '.join(given)} must have one dtype, got {', '.join(str(x.dtype) for x in given.values())}"
+        )
+    for name, x in given.items():
+        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # the sum is the cheaper test
+            raise QuipError(f"{name} has NaN or infinite entries")
+    if (U.tril() if start is None else U.diagonal()).any():
+        where = "strictly upper triangular: zero on and below the diagonal" if start is None else "zero on the diagonal"
+        raise QuipError(f"the feedback U must be {where}")
     if leaf < 1:
         raise QuipError(f"leaf must be at least 1 column, got {leaf}")
 

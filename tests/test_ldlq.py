@@ -347,12 +347,14 @@ def test_blocks_give_the_codes_of_the_plain_loop_at_a_layer_s_width():
 
 @settings(deadline=None, max_examples=40)
 @given(m=sizes, n=st.integers(1, 24), leaf=st.integers(1, 8), seed=seeds)
-def test_with_a_target_the_errors_are_still_those_of_w(m, n, leaf, seed):
-    W, target, U = rand(m, n, seed=seed), rand(m, n, seed=seed + 1), random_feedback(n, seed + 2)
-    What = torch.empty_like(W)
+def test_with_a_start_columns_to_come_count_with_their_old_errors(m, n, leaf, seed):
+    W, start, U = rand(m, n, seed=seed), rand(m, n, seed=seed + 1).round(), 0.3 * rand(n, n, seed=seed + 2)
+    U.fill_diagonal_(0)
+    E = W - start
     for k in range(n):
-        What[:, k] = nearest(target[:, k] + (W[:, :k] - What[:, :k]) @ U[:k, k])
-    assert torch.equal(feedback_round(W, U, target=target, leaf=leaf), What)
+        E[:, k] = W[:, k] - nearest(W[:, k] + E @ U[:, k])
+    assert torch.allclose(feedback_round(W, U, start=start, leaf=leaf), W - E)
+    assert torch.equal(feedback_round(W, U.triu(), start=start, leaf=leaf), feedback_round(W, U.triu(), leaf=leaf))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,9 @@ def test_with_a_target_the_errors_are_still_those_of_w(m, n, leaf, seed):
     [
         ({"W": rand(20)}, r"shapes do not fit: W \(20,\)"),
         ({"U": random_feedback(19)}, r"U \(19, 19\)"),
-        ({"target": rand(4, 20)}, r"target \(4, 20\)"),
+        ({"start": rand(4, 20)}, r"start \(4, 20\)"),
+        ({"start": rand(5, 20).float()}, "one dtype, got torch.float64, torch.float64, torch.float32"),
+        ({"start": rand(5, 20), "U": torch.ones(20, 20, dtype=torch.float64)}, "zero on the diagonal"),
         ({"U": random_feedback(20).float()}, "one dtype, got torch.float64, torch.float32"),
         ({"W": torch.full((5, 20), torch.nan, dtype=torch.float64)}, "NaN"),
         ({"U": random_feedback(20).T}, "strictly upper triangular"),
@@ -376,8 +380,8 @@ def test_feedback_round_says_what_does_not_fit(change, why):
 def test_the_arguments_stay_as_they_were():
     arguments = [rand(5, 20), random_feedback(20), rand(5, 20, seed=1)]
     before = [x.clone() for x in arguments]
-    W, U, target = arguments
-    feedback_round(W, U, partial(nearest, maxq=3), target)
+    W, U, start = arguments
+    feedback_round(W, U, partial(nearest, maxq=3), start)
     ldlq(W, random_hessian(20), maxq=3)
     assert all(map(torch.equal, arguments, before))
 
