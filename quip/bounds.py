@@ -147,7 +147,8 @@ def layer_report(
     damped = damp(H, q.settings["alpha"], q.settings["center"])
     W_, H_ = q.basis.enter(W, damped)
     (_, D, _), (U, D_, columns) = (ordered_ldl(X, q.settings["order"]) for X in (damped, H_))
-    inverse = torch.linalg.inv(U + torch.eye(len(H), dtype=H.dtype, device=H.device))[:, columns.argsort()]
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    inverse = torch.linalg.solve_triangular(U + eye, eye, upper=True, unitriangular=True)[:, columns.argsort()]
     added = q.basis.V.inverse(inverse) / (1.0 if q.basis.rescale is None else q.basis.rescale)
     trace = D_.sum() - (damped - H)[0, 0] * added.square().sum()  # the loss without what damping charges
     step, energy = 2 * q.scale / (2**q.bits - 1), proxy_loss(torch.zeros_like(W), W, H)

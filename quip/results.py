@@ -26,7 +26,7 @@ from quip.incoherence import KroneckerTransform, mu_weights
 from quip.layers import save_layers
 from quip.ldlq import feedback_round, ldl
 from quip.methods import choose, matrix_arguments
-from quip.proxy import damp, proxy_loss
+from quip.proxy import damp, proxy_loss, relative_proxy_loss
 from quip.rounding import nearest
 
 EXAMPLES = ("model.layers.0.self_attn.o_proj", "model.layers.10.self_attn.q_proj")  # the layers that chapters show
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of defaults (default: 2 3 4)")
+    parser.add_argument("--every", type=int, default=5, metavar="N", help="of defaults: one block in N (default: 5)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--out", help="file to write (default: in book/results or book/data)")
     args = parser.parse_args(argv)
@@ -201,6 +203,53 @@ def measure_layer(W: torch.Tensor, H: torch.Tensor, seeds: tuple[int, int], name
     }
 
 
+VARIANTS = {  # what could be chosen otherwise, as changes to the default
+    "default": {},
+    "paper": {"preset": "paper"},
+    "own basis": {"incoherence": "none"},
+    "no permutation": {"permute": False},
+    "rescaled": {"rescale": True},
+    "columns as they stand": {"order": False},
+    "range 2.4": {"rho": 2.4},
+    "clamped before": {"pre_clamp": True},
+    "damping 0.01, mean": {"alpha": 0.01, "center": "mean"},
+    "damping 0.01, median": {"alpha": 0.01},
+    "damping 1, median": {"alpha": 1.0},
+    **{f"{passes} passes": {"passes": passes} for passes in (0, 1, 2, 5, 10)},
+}
+
+
+def run_defaults(args: argparse.Namespace) -> None:
+    """Proxy loss on held-out text of every choice that the default could have made otherwise"""
+    start = time.perf_counter()
+    wanted = args.samples
+    args.samples += max(wanted // 4, 1)  # windows that no layer is calibrated on
+    model, samples, about = calibrated(args)
+    fresh = torch.linspace(0, len(samples) - 1, len(samples) - wanted).round().long()
+    seen = torch.tensor([i for i in range(len(samples)) if i not in fresh.tolist()])
+    about |= {"tokens": samples[seen].numel(), "held_out_tokens": samples[fresh].numel(), "every": args.every}
+    layers = {}
+    pairs = zip(layer_moments(model, samples[seen]), layer_moments(model, samples[fresh]), strict=True)
+    for (weights, H), (_, H_fresh) in pairs:
+        for name, W in weights.items():
+            if int(name.split(".")[-3]) % args.every == args.every // 2:
+                layers[name] = {bits: compare(W, H, H_fresh, bits, name, args.seed) for bits in args.bits}
+    about["seconds"] = round(time.perf_counter() - start)
+    write_record(args.out or "book/results/defaults.json", {"about": about, "layers": layers})
+
+
+def compare(W: torch.Tensor, H: torch.Tensor, H_fresh: torch.Tensor, bits: int, name: str, seed: int) -> dict:
+    """Relative proxy loss of every variant, on the text it was calibrated on and on fresh text."""
+    losses = {}
+    for variant, changes in VARIANTS.items():
+        arguments = matrix_arguments(choose(**changes), seed)
+        seeds = (models.layer_seed(seed, f"{name}/V"), models.layer_seed(seed, f"{name}/U"))
+        q = quantize_matrix(W, H, bits, seeds=seeds, name=name, **arguments)
+        fresh = relative_proxy_loss(q.dequantize(), W.double(), H_fresh)
+        losses[variant] = [q.report["relative_proxy_loss"], fresh]
+    return losses
+
+
 def write_record(path: str, record: dict) -> None:
     """Write a record as JSON, its figures to four digits, all at once or not at all."""
 
@@ -222,7 +271,7 @@ def write_record(path: str, record: dict) -> None:
     print(out)
 
 
-EXPERIMENTS = {"layers": run_layers, "example-layers": run_example_layers}
+EXPERIMENTS = {"layers": run_layers, "example-layers": run_example_layers, "defaults": run_defaults}
 
 if __name__ == "__main__":
     main()

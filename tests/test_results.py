@@ -37,6 +37,19 @@ def test_layers(arguments, tmp_path):
         assert all(math.isfinite(v) for v in x["losses"].values())
 
 
+def test_defaults(arguments, tmp_path):
+    out = tmp_path / "defaults.json"
+    results.main(["defaults", *arguments, "--bits", "2", "4", "--every", "2", "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["about"]["tokens"] == 8 * 64 and record["about"]["held_out_tokens"] == 2 * 64
+    assert len(record["layers"]) == 7 and all(name.startswith("model.layers.1.") for name in record["layers"])
+    for by_bits in record["layers"].values():
+        for losses in by_bits.values():
+            assert losses.keys() == results.VARIANTS.keys()
+            assert losses["10 passes"][0] <= losses["default"][0] * 1.05 <= losses["0 passes"][0] * 1.1
+        assert by_bits["4"]["default"][0] < by_bits["2"]["default"][0]
+
+
 def test_example_layers(arguments, tmp_path, monkeypatch, capsys):
     name = "model.layers.1.self_attn.o_proj"
     monkeypatch.setattr(results, "EXAMPLES", (name,))
