@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quip import bounds, data, models
+from quip import bounds, data, evaluate, models
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
 from quip.cli import fail, pick_device, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
@@ -43,8 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of defaults (default: 2 3 4)")
+    parser.add_argument(
+        "--bits", type=int, nargs="+", default=[2, 3, 4], help="of defaults and perplexity (default: 2 3 4)"
+    )
     parser.add_argument("--every", type=int, default=5, metavar="N", help="of defaults: one block in N (default: 5)")
+    parser.add_argument("--variants", nargs="+", default=["default"], help=f"of perplexity: {', '.join(VARIANTS)}")
+    parser.add_argument("--max-tokens", type=int, default=12288, help="of perplexity (default: 12288)")
+    parser.add_argument("--eval-len", type=int, default=2048, help="of perplexity: tokens in a window (default: 2048)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--out", help="file to write (default: in book/results or book/data)")
     args = parser.parse_args(argv)
@@ -56,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(fail(str(e), 2))
 
 
-def calibrated(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, dict]:
-    """The model, its calibration samples `(count, seq_len)`, and what a record says about both and about this run."""
+def calibrated(args: argparse.Namespace) -> tuple:
+    """The model, its tokenizer, calibration samples `(count, seq_len)`, and what a record says of them and this run."""
     text = data.load_text(args.calib, "calibration")
     model, tokenizer = models.load_model(args.model, pick_device(args.device))
     chosen = data.samples(data.tokenize(tokenizer, text), args.samples, args.seq_len, args.seed, text.source)
@@ -71,7 +77,7 @@ def calibrated(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor,
         "seed": args.seed,
         **provenance(model.device),
     }
-    return model, chosen, about
+    return model, tokenizer, chosen, about
 
 
 def provenance(device: torch.device) -> dict:
@@ -108,7 +114,7 @@ def layer_moments(
 
 def run_example_layers(args: argparse.Namespace) -> None:
     """W and H of the two layers that the chapters show"""
-    model, samples, about = calibrated(args)
+    model, _, samples, about = calibrated(args)
     last = max(int(name.split(".")[2]) for name in EXAMPLES)
     found = {
         name: (W, H)
@@ -128,7 +134,7 @@ def run_example_layers(args: argparse.Namespace) -> None:
 def run_layers(args: argparse.Namespace) -> None:
     """H of every layer's inputs, the bounds of chapter 6, and what LDLQ loses beside them"""
     start = time.perf_counter()
-    model, samples, about = calibrated(args)
+    model, _, samples, about = calibrated(args)
     inputs, layers = {}, {}
     for weights, H in layer_moments(model, samples):
         first = next(iter(weights))
@@ -224,7 +230,7 @@ def run_defaults(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     wanted = args.samples
     args.samples += max(wanted // 4, 1)  # windows that no layer is calibrated on
-    model, samples, about = calibrated(args)
+    model, _, samples, about = calibrated(args)
     fresh = torch.linspace(0, len(samples) - 1, len(samples) - wanted).round().long()
     seen = torch.tensor([i for i in range(len(samples)) if i not in fresh.tolist()])
     about |= {"tokens": samples[seen].numel(), "held_out_tokens": samples[fresh].numel(), "every": args.every}
@@ -250,6 +256,26 @@ def compare(W: torch.Tensor, H: torch.Tensor, H_fresh: torch.Tensor, bits: int, 
     return losses
 
 
+def run_perplexity(args: argparse.Namespace) -> None:
+    """Perplexity on WikiText-2 of the model quantized with each of --variants, at each of --bits"""
+    unknown = set(args.variants) - VARIANTS.keys()
+    if unknown:
+        raise QuipError(f"unknown variant {', '.join(sorted(unknown))}: there are {', '.join(VARIANTS)}")
+    model, tokenizer, samples, about = calibrated(args)
+    text = data.load_text("wikitext2", "evaluation")
+    ids = data.tokenize(tokenizer, text)[: args.max_tokens]
+    about |= {"evaluation": text.source, "evaluation_tokens": len(ids)}
+    rows = [{"variant": "16 bits", "bits": 16, **evaluate.perplexity(model, ids, args.eval_len)}]
+    for variant in args.variants:
+        for bits in args.bits:
+            start, copied = time.perf_counter(), copy.deepcopy(model)
+            reports = models.quantize_model(copied, samples, bits, args.seed, **VARIANTS[variant])
+            rows.append({"variant": variant, "bits": bits, **evaluate.perplexity(copied, ids, args.eval_len)})
+            losses = [report["relative_proxy_loss"] for report in reports.values()]
+            rows[-1] |= {"mean_loss": sum(losses) / len(losses), "seconds": round(time.perf_counter() - start)}
+            write_record(args.out or "book/results/perplexity.json", {"about": about, "rows": rows})
+
+
 def write_record(path: str, record: dict) -> None:
     """Write a record as JSON, its figures to four digits, all at once or not at all."""
 
@@ -271,7 +297,12 @@ def write_record(path: str, record: dict) -> None:
     print(out)
 
 
-EXPERIMENTS = {"layers": run_layers, "example-layers": run_example_layers, "defaults": run_defaults}
+EXPERIMENTS = {
+    "layers": run_layers,
+    "example-layers": run_example_layers,
+    "defaults": run_defaults,
+    "perplexity": run_perplexity,
+}
 
 if __name__ == "__main__":
     main()

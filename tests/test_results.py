@@ -50,6 +50,19 @@ def test_defaults(arguments, tmp_path):
         assert by_bits["4"]["default"][0] < by_bits["2"]["default"][0]
 
 
+def test_perplexity(arguments, tmp_path, monkeypatch, text_file):
+    (tmp_path / "texts" / "wikitext2").mkdir(parents=True)
+    (tmp_path / "texts" / "wikitext2" / "test.txt").write_text(text_file.read_text())
+    monkeypatch.setenv("QUIP_DATA", str(tmp_path / "texts"))
+    out = tmp_path / "perplexity.json"
+    few = ["--bits", "4", "--variants", "default", "paper", "--max-tokens", "600", "--eval-len", "128"]
+    results.main(["perplexity", *arguments, *few, "--out", str(out)])
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(r["variant"], r["bits"]) for r in rows] == [("16 bits", 16), ("default", 4), ("paper", 4)]
+    assert all(r["tokens"] == 512 and r["ppl"] > 1 for r in rows)
+    assert rows[1]["ppl"] != rows[0]["ppl"] and rows[1]["mean_loss"] < rows[2]["mean_loss"]
+
+
 def test_example_layers(arguments, tmp_path, monkeypatch, capsys):
     name = "model.layers.1.self_attn.o_proj"
     monkeypatch.setattr(results, "EXAMPLES", (name,))
@@ -63,6 +76,7 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys):
     for wrong, message in (
         (["example-layers", *arguments, "--out", str(tmp_path / "x")], "has no layer model.layers.10.self_attn.q_proj"),
         (["layers", *arguments[:-1], "9999"], "text too short"),
+        (["perplexity", *arguments, "--variants", "best"], "unknown variant best: there are default"),
     ):
         with pytest.raises(SystemExit) as stop:
             results.main(wrong)
