@@ -81,7 +81,7 @@ def lemma_3(
     W: torch.Tensor,  # (m, n), in units of the grid
     H: torch.Tensor,  # (n, n)
 ) -> dict[str, Inequality]:
-    """Plain rounding: stochastic expects at most `(m/4) tr H`, nearest loses at most `(m/4) n λ_max`; chapter 2.
+    """Plain rounding: stochastic expects `≤ (m/4) tr H`, nearest loses `≤ (m/4) n λ_max`; :prf:ref:`rounding-plain`.
 
     The expected loss of stochastic rounding is exact: its errors have variance `f (1 − f)`, f the fractional parts.
     """
