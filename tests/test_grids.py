@@ -3,16 +3,19 @@
 import math
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from quip.algorithm import quantize_matrix
+from quip.algorithm import Basis, quantize_matrix, to_grid
 from quip.errors import QuipError
 from quip.grids import admm_rounder, bounded_feedback, greedy_pass, greedy_passes, greedy_rounder, nearest_e8
-from quip.ldlq import ldl, ldlq, ldlq_rounder
+from quip.incoherence import KroneckerTransform
+from quip.layers import load_layers
+from quip.ldlq import damp_to_definite, ldl, ldlq, ldlq_rounder
 from quip.proxy import proxy_loss
 from quip.rounding import nearest, stochastic
 
@@ -108,6 +111,33 @@ def test_clamped_ldlq_loses_to_nearest_on_the_counterexample():
     W, H = counterexample(256)
     assert math.isclose(proxy_loss(ldlq(W, H, 3), W, H), 127498, rel_tol=1e-5)
     assert math.isclose(proxy_loss(nearest(W, 3), W, H), 508, rel_tol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def real_layers():
+    """W and H of the two real layers of the book, in their own basis and rotated."""
+    basis = Basis(*(KroneckerTransform(576, seed, torch.float64) for seed in (0, 1)))
+    layers = []
+    for W, H in load_layers(Path(__file__).parents[1] / "book/data/smollm2.safetensors").values():
+        H = damp_to_definite(H, 0.1, "median")[0]
+        layers += [(W, H), basis.enter(W, H)]
+    return layers
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_clamped_ldlq_does_not_lose_to_nearest_on_real_layers(real_layers, bits):
+    for W, H in real_layers:
+        ldlq_, rms = ldlq_rounder(H), W.square().mean().sqrt()
+        for reach in (1.6, 4.0, 10.0):
+            T = to_grid(W, reach * rms, bits)
+            assert proxy_loss(ldlq_(T, 2**bits - 1), T, H) < proxy_loss(nearest(T, 2**bits - 1), T, H)
+
+
+def test_the_bounded_feedback_of_a_real_layer_is_feasible_and_little_worse_than_ldlq(real_layers):
+    H = real_layers[3][1]
+    R = shape(bounded_feedback(H, 1.0))
+    assert 1.999 < R.square().sum(0).max() <= 2 * (1 + 1e-9)
+    assert 1 < objective(R, H) / ldl(H)[1].sum() < 1.02
 
 
 @pytest.mark.parametrize("n", [64, 128, 256])
