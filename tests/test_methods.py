@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quip import QuipError, load_model, models, quantize_matrix, quantize_model, save_model
 from quip.algorithm import PRESETS
+from quip.hf import QuipConfig
 from quip.incoherence import IdentityTransform, KroneckerTransform, make_transform
 from quip.ldlq import ldlq
 from quip.methods import METHODS, choose, matrix_arguments
@@ -137,6 +138,11 @@ def test_the_proxy_loss_is_that_of_the_basis():
         q = quantize_matrix(W, H, 3, **choices)
         E, H_ = q.basis.enter(q.dequantize() - W, H)
         assert proxy_loss(E, torch.zeros_like(E), H_) == pytest.approx(proxy_loss(q.dequantize(), W, H))
+
+
+def test_a_config_of_an_unknown_transform_is_refused():
+    with pytest.raises(QuipError, match="quantization_config: incoherence must be 'kron' or 'none', got 'haar'"):
+        QuipConfig(incoherence="haar")
 
 
 # a whole model
