@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'quip.algorithm.QuantizedMatrix': ('quip.html#quantizedmatrix', 'quip/algorithm.py'),
                                 'quip.algorithm.QuantizedMatrix.dequantize': ('quip.html#quantizedmatrix.dequantize', 'quip/algorithm.py'),
                                 'quip.algorithm.check_input': ('quip.html#check_input', 'quip/algorithm.py'),
+                                'quip.algorithm.clamp_first': ('quip.html#clamp_first', 'quip/algorithm.py'),
                                 'quip.algorithm.column_order': ('quip.html#column_order', 'quip/algorithm.py'),
                                 'quip.algorithm.from_grid': ('quip.html#from_grid', 'quip/algorithm.py'),
                                 'quip.algorithm.quantize_matrix': ('quip.html#quantize_matrix', 'quip/algorithm.py'),

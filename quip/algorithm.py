@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rounder', 'Refinement', 'PRESETS', 'to_grid', 'from_grid', 'rescaling', 'Basis', 'search_range', 'column_order',
-           'round_matrix', 'QuantizedMatrix', 'quantize_matrix', 'check_input']
+           'round_matrix', 'clamp_first', 'QuantizedMatrix', 'quantize_matrix', 'check_input']
 
 # %% ../book/05_quip.ipynb #quip-09
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -71,12 +72,15 @@ def search_range(
     rounder: Rounder,
     rows: int = 96,
 ) -> float:
-    """The ρ, of 24 between 1 and 4, whose grid `s = ρ ‖W‖_F/√(mn)` gives the least proxy loss; :eq:`range`.
+    """The ρ ≥ 1, in steps of 6 %, whose grid `s = ρ ‖W‖_F/√(mn)` gives the least proxy loss; :eq:`range`.
 
-    Tried on up to `rows` rows, spread evenly. Rows are independent, so one call rounds those of every candidate.
+    Tried are those up to 4, or as far as it takes until no weight is clamped, on up to `rows` rows, spread evenly. Rows
+    are independent, so one call rounds those of every candidate.
     """
-    rhos = torch.logspace(0, 2, 24, base=2, dtype=W.dtype, device=W.device)
-    scales = rhos * W.square().mean().sqrt().clamp(min=torch.finfo(W.dtype).tiny)
+    rms = W.square().mean().sqrt().clamp(min=torch.finfo(W.dtype).tiny)
+    last = math.ceil(23 * math.log(max((W.abs().max() / rms).item(), 4), 4))
+    rhos = 4 ** (torch.arange(last + 1, dtype=W.dtype, device=W.device) / 23)
+    scales = rhos * rms
     W = W[torch.linspace(0, len(W) - 1, min(rows, len(W))).round().long()]
     codes = rounder(torch.cat([to_grid(W, s, bits) for s in scales]), 2**bits - 1)
     E = torch.stack([from_grid(c, s, bits) - W for c, s in zip(codes.chunk(len(scales)), scales, strict=True)])
@@ -104,18 +108,23 @@ def round_matrix(
     """Choose the grid and round to it (Algorithm 1, lines 5 and 6, then LDLQ); returns codes `(m, n)` uint8, s and ρ.
 
     `order`: round the columns of largest diag(H) first, since all later ones can correct them. `rho` None: searched.
-    `pre_clamp`: clamp W to the grid before it is rounded. `refine` improves the rounder's codes.
+    `pre_clamp`: clamp W to the grid before it is rounded, in the search too. `refine` improves the rounder's codes.
     """
     columns = column_order(H, order)
     W, H, maxq = W[:, columns], H[columns][:, columns], 2**bits - 1
-    round_ = rounder(H)
+    round_ = clamp_first(rounder(H)) if pre_clamp else rounder(H)
     rho = search_range(W, H, bits, round_) if rho is None else rho
     scale = (rho * W.square().mean().sqrt()).item()  # 0 if W is zero: it then stays zero, whatever its codes
     target = to_grid(W, scale or 1.0, bits)
-    codes = round_(target.clamp(0, maxq) if pre_clamp else target, maxq)
+    codes = round_(target, maxq)
     if refine is not None:
         codes = refine(target, codes, H, maxq)
     return codes[:, columns.argsort()].to(torch.uint8), scale, rho
+
+
+def clamp_first(rounder: Rounder) -> Rounder:
+    """The rounder of weights clamped to the grid beforehand: what that costs, no feedback learns (line 6)."""
+    return lambda W, maxq: rounder(W.clamp(0, maxq), maxq)
 
 # %% ../book/05_quip.ipynb #quip-29
 @dataclass(frozen=True)

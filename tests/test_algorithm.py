@@ -1,6 +1,7 @@
 """QuIP for one matrix: against dense matrices and plain loops, and at its edges."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from quip.algorithm import (
 )
 from quip.errors import QuipError
 from quip.incoherence import KroneckerTransform
+from quip.layers import load_layers
 from quip.ldlq import ldl, ldlq_rounder
 from quip.proxy import damp, proxy_loss, relative_proxy_loss
 from quip.rounding import adaptive_round, nearest
 
+ROOT = Path(__file__).resolve().parent.parent
 quick = settings(deadline=None, max_examples=15, derandomize=True)
 sizes = st.integers(1, 40)
 widths = st.sampled_from([2, 3, 4])
@@ -46,6 +49,12 @@ def dense(transform):
     return transform(torch.eye(transform.n, dtype=torch.float64)).T
 
 
+def candidates(W):
+    """Every ρ that is tried: up to 4, and on until nothing is clamped."""
+    mu = (W.abs().max() / W.square().mean().sqrt()).item()
+    return [4 ** (j / 23) for j in range(200) if j <= 23 or 4 ** ((j - 1) / 23) < mu]
+
+
 def naive(W, H, bits, seeds, rescale, order, rho, pre_clamp, alpha, center):
     """Algorithms 1 to 3 line by line: dense orthogonal matrices, plain loops, float64. Returns codes, ρ and Ŵ."""
     (m, n), maxq = W.shape, 2**bits - 1
@@ -66,7 +75,7 @@ def naive(W, H, bits, seeds, rescale, order, rho, pre_clamp, alpha, center):
         return codes, s * (2 * codes / maxq - 1)
 
     if rho is None:
-        rho = min((4 ** (j / 23) for j in range(24)), key=lambda r: proxy_loss(codes_for(r)[1], W_, H_))
+        rho = min(candidates(W_), key=lambda r: proxy_loss(codes_for(r)[1], W_, H_))
     codes, What_ = codes_for(rho)
     return codes, rho, U.T @ What_ @ V / d
 
@@ -147,8 +156,26 @@ def test_search_range_finds_the_best_of_its_candidates(m, n, bits):
         scale = rho * W.square().mean().sqrt()
         return proxy_loss(from_grid(rounder(to_grid(W, scale, bits), 2**bits - 1), scale, bits), W, H)
 
-    best = min(loss(4 ** (j / 23)) for j in range(24))
+    best = min(loss(rho) for rho in candidates(W))
     assert math.isclose(loss(search_range(W, H, bits, rounder)), best, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def test_a_range_is_found_for_outliers_too():
+    # a real layer in its own basis: weights of 36 RMS, which a grid that ends at 4 would cut off
+    W, H = load_layers(ROOT / "book/data/smollm2.safetensors")["model.layers.0.self_attn.o_proj"]
+    q = quantize_matrix(W, H, 4, incoherence="none")
+    assert q.report["rho"] > 8
+    four = quantize_matrix(W, H, 4, incoherence="none", rho=4.0)
+    assert q.report["relative_proxy_loss"] < four.report["relative_proxy_loss"] / 50
+
+
+def test_the_search_clamps_first_where_the_rounding_does():
+    W, H = layer(40, 32)
+    losses = {
+        rho: quantize_matrix(W, H, 2, pre_clamp=True, rho=rho).report["relative_proxy_loss"]
+        for rho in (None, 1.2, 1.6, 2.0, 2.4, 2.8)
+    }
+    assert losses[None] <= 1.02 * min(losses.values())
 
 
 def test_search_range_looks_at_rows_from_end_to_end():
@@ -162,7 +189,7 @@ def test_search_range_looks_at_rows_from_end_to_end():
     search_range(W, H, 2, spy, rows=3)
     first = to_grid(W, W.square().mean().sqrt(), 2)  # ρ = 1
     assert torch.allclose(seen[0][:3], first[[0, 4, 8]])
-    assert len(seen[0]) == 24 * 3
+    assert len(seen[0]) == len(candidates(W)) * 3
 
 
 # the whole
