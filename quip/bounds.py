@@ -140,7 +140,8 @@ def layer_report(
 
     `mu_weights`, `mu_hessian` and `trace_ratio`, which is tr D / tr H, are pairs: in the layer's own basis, and in the
     one in which it was rounded. `predicted_loss` is the relative proxy loss that LDLQ has on average on this grid,
-    nothing clamped or refined; :eq:`predicted-loss`. `mu_hessian` is None where n exceeds `MU_WIDTH`.
+    nothing clamped or refined; :eq:`predicted-loss`. `mu_hessian` is None where n exceeds `MU_WIDTH`, and `mu_weights`
+    where W is zero.
     """
     W, H = W.double(), H.double()
     damped = damp(H, q.settings["alpha"], q.settings["center"])
@@ -151,7 +152,7 @@ def layer_report(
     trace = D_.sum() - (damped - H)[0, 0] * added.square().sum()  # the loss without what damping charges
     step, energy = 2 * q.scale / (2**q.bits - 1), proxy_loss(torch.zeros_like(W), W, H)
     return {
-        "mu_weights": [mu_weights(W), mu_weights(W_)],
+        "mu_weights": [mu_weights(X) for X in (W, W_)] if W.any() else None,
         "mu_hessian": mu_pair(H, H_, q.basis, eigenvectors),
         "trace_ratio": [(D.sum() / damped.trace()).item(), (D_.sum() / H_.trace()).item()],
         "predicted_loss": len(W) * step**2 / 12 * trace.item() / energy if energy > 0 else 0.0,

@@ -1,4 +1,4 @@
-"""The command line: quip quantize, eval, generate, info."""
+"""The command line: quip quantize, eval, generate, info, bench."""
 
 from __future__ import annotations
 
@@ -79,6 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("folder", metavar="DIR")
     p.add_argument("--json", metavar="FILE", help="write it to FILE")
     p.set_defaults(run=run_info)
+
+    p = commands.add_parser("bench", help="measure the speed of this machine")
+    p.add_argument("what", choices=("quantize",), help="quantize: LDLQ and greedy passes beside one matrix product")
+    p.add_argument("--bits", type=int, default=2, help="2, 3 or 4 (default: 2)")
+    p.add_argument("--sizes", metavar="MxN", nargs="+", help="of the weights, such as 4096x4096 (default: five sizes)")
+    p.add_argument("--repeats", type=int, default=3, help="the fastest of so many counts (default: 3)")
+    p.add_argument("--json", metavar="FILE", help="write the rows to FILE")
+    p.set_defaults(run=run_bench)
     return parser
 
 
@@ -94,7 +102,7 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def write_json(file: str, content: dict) -> None:
+def write_json(file: str, content: dict | list) -> None:
     try:
         Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as e:
@@ -173,6 +181,31 @@ def run_info(args: argparse.Namespace) -> None:
         f"{t['quantized_weights']:,} weights in {t['bits_per_weight']:.3f} bits each with all overhead; "
         f"{t['other_parameters']:,} other parameters in 16 bits; weight files {t['file_bytes'] / 1e6:.1f} MB"
     )
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from quip import bench
+
+    if args.bits not in (2, 3, 4) or args.repeats < 1:
+        raise QuipError(f"--bits must be 2, 3 or 4 and --repeats at least 1, got {args.bits} and {args.repeats}")
+    sizes = [parse_size(size) for size in args.sizes] if args.sizes else bench.SIZES
+    rows = bench.bench_quantize(sizes, args.bits, args.repeats)
+    if args.json:
+        write_json(args.json, rows)
+    print("    m     n  bits  method        seconds  product_seconds  ratio")
+    for r in rows:
+        print(
+            f"{r['m']:5} {r['n']:5} {r['bits']:5}  {r['method']:12} {r['seconds']:8.4f}"
+            f" {r['product_seconds']:16.4f} {r['ratio']:6.2f}"
+        )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`4096x4096` as two positive integers."""
+    m, x, n = text.lower().partition("x")
+    if not x or not m.isdecimal() or not n.isdecimal() or min(int(m), int(n)) < 1:
+        raise QuipError(f"a size is two positive integers such as 576x1536, got {text!r}")
+    return int(m), int(n)
 
 
 def print_layers(layers: dict[str, dict]) -> None:

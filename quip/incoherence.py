@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mu_weights', 'mu_hessian', 'haar_orthogonal', 'factor_pair', 'kronecker_stages', 'kronecker_multiply',
-           'KroneckerTransform']
+           'KroneckerTransform', 'mu_bound']
 
 # %% ../book/04_incoherence.ipynb #incoherence-08
 import math
@@ -12,29 +12,49 @@ import math
 import numpy as np
 import torch
 
+from .errors import QuipError
+from .proxy import check_hessian
+
 # %% ../book/04_incoherence.ipynb #incoherence-09
 def mu_weights(W: torch.Tensor) -> float:
-    """Incoherence of weights `W (m, n)`: least μ with `max |W_ij| ≤ μ ‖W‖_F / √(mn)`; :eq:`mu-weights`."""
-    return (W.abs().max() * math.sqrt(W.numel()) / W.norm()).item()
+    """Incoherence of weights `W (m, n)`: least μ with `max |W_ij| ≤ μ ‖W‖_F / √(mn)`; :eq:`mu-weights`.
+
+    Between 1 and √(mn), :prf:ref:`mu-range`. Any shape will do. Raises `QuipError` if W is empty, zero or not finite.
+    """
+    if W.numel() == 0:
+        raise QuipError(f"weights of shape {tuple(W.shape)} have no entries, and so no incoherence")
+    largest = W.abs().max()
+    if not torch.isfinite(largest):
+        raise QuipError(f"weights of shape {tuple(W.shape)} have NaN or infinite entries")
+    if largest == 0:
+        raise QuipError(f"weights of shape {tuple(W.shape)} are all zero: their incoherence is undefined")
+    norm = torch.linalg.vector_norm(W / largest, dtype=torch.float64)  # in units of the largest: no overflow in float16
+    return math.sqrt(W.numel()) / norm.item()
 
 
 def mu_hessian(H: torch.Tensor) -> float:
     """Incoherence of symmetric `H (n, n)`: least μ with `max |Q_ij| ≤ μ/√n`, Q its eigenvectors; :eq:`mu-hessian`.
 
-    Where eigenvalues repeat, the eigenvectors, and so μ, are those that LAPACK happens to return. Costs O(n³).
+    Between 1 and √n, :prf:ref:`mu-range`. Where eigenvalues repeat, the eigenvectors, and so μ, are those that LAPACK
+    happens to return. Costs O(n³). Raises `QuipError` unless H is square, finite, symmetric, its diagonal not negative.
     """
+    check_hessian(H)
     Q = torch.linalg.eigh(H.double()).eigenvectors
     return (Q.abs().max() * math.sqrt(len(H))).item()
 
 # %% ../book/04_incoherence.ipynb #incoherence-12
 def haar_orthogonal(n: int, rng: np.random.RandomState) -> np.ndarray:
     """A random orthogonal matrix `(n, n)`, float64, uniform (Haar): the Q of a Gaussian's QR with diag(R) > 0."""
+    if n < 1:
+        raise QuipError(f"an orthogonal matrix has at least one row, got n = {n}")
     Q, R = np.linalg.qr(rng.standard_normal((n, n)))
     return Q * np.where(np.diag(R) < 0, -1.0, 1.0)
 
 # %% ../book/04_incoherence.ipynb #incoherence-17
 def factor_pair(n: int) -> tuple[int, int]:
-    """The factors `p ≤ q` of `n = p q` nearest to √n."""
+    """The factors `p ≤ q` of `n = p q` nearest to √n. Raises `QuipError` unless n is positive."""
+    if n < 1:
+        raise QuipError(f"a width must be positive, got {n}")
     p = next(p for p in range(math.isqrt(n), 0, -1) if n % p == 0)
     return p, n // p
 
@@ -44,7 +64,7 @@ def kronecker_stages(n: int) -> list[tuple[int, int, int]]:
 
     One product over the whole vector if n has factors within a ratio of 4 (or n ≤ 64). Otherwise, as for primes, two
     that overlap: one over the first k entries and one over the last k, k < n the largest width with factors within a
-    ratio of 2. Then k > n/2, so every entry is mixed at least once.
+    ratio of 2. Then k > n/2, so every entry is mixed at least once; :prf:ref:`two-stages`.
     """
     p, q = factor_pair(n)
     if q <= 4 * p or n <= 64:
@@ -59,8 +79,15 @@ def kronecker_multiply(
     R: torch.Tensor,  # (q, q)
     offset: int = 0,
 ) -> torch.Tensor:
-    """Multiply entries `offset … offset + p q` of x by `L ⊗ R`, as `L X Rᵀ` on x folded to X `(p, q)`; others stay."""
+    """Multiply entries `offset … offset + p q` of x by `L ⊗ R`, as `L X Rᵀ` on x folded to X `(p, q)`; others stay.
+
+    Costs `p q (p + q)` multiply-adds a vector; :eq:`kronecker`. Raises `QuipError` if the shapes do not fit.
+    """
     p, q = len(L), len(R)
+    if L.shape != (p, p) or R.shape != (q, q):
+        raise QuipError(f"Kronecker factors must be square, got shapes {tuple(L.shape)} and {tuple(R.shape)}")
+    if not 0 <= offset <= x.shape[-1] - p * q:
+        raise QuipError(f"a Kronecker product of width {p * q} at offset {offset} does not fit x {tuple(x.shape)}")
     z = x[..., offset : offset + p * q].unflatten(-1, (p, q))
     z = (L @ (z @ R.T)).flatten(-2)
     if p * q == x.shape[-1]:
@@ -74,11 +101,14 @@ class KroneckerTransform(torch.nn.Module):
     Called on `x (..., n)`; `inverse` applies Vᵀ. The seed is a file format: the factors come from numpy's frozen
     `RandomState`, are built in float64, then kept in `dtype`. They are buffers that follow `.to()` and stay out of the
     `state_dict`. `fingerprint` is V applied to a fixed vector, summed with fixed weights, in units of 2⁻²⁰: another
-    seed, permutation or factor changes it, another LAPACK's last bits do not. Cost of one vector: O(n^1.5).
+    seed, permutation or factor changes it, another LAPACK's last bits do not. Cost of one vector: O(n^1.5). Raises
+    `QuipError` for n < 1, a seed outside `0 … 2³² − 1`, and inputs of another width.
     """
 
     def __init__(self, n: int, seed: int, dtype: torch.dtype = torch.float32):
         super().__init__()
+        if n < 1 or not 0 <= seed < 2**32:
+            raise QuipError(f"a transform needs a width n ≥ 1 and a seed of 0 … 2³² − 1, got n = {n}, seed = {seed}")
         rng = np.random.RandomState(seed)
         self.n, self.seed = n, seed
         perm = rng.permutation(n)
@@ -96,11 +126,16 @@ class KroneckerTransform(torch.nn.Module):
     def _keep(self, name: str, array: np.ndarray) -> None:
         self.register_buffer(name, torch.from_numpy(array), persistent=False)
 
+    def _check(self, x: torch.Tensor) -> None:
+        if x.shape[-1:] != (self.n,):  # a wider x would be cut off by the permutation, without a word
+            raise QuipError(f"x {tuple(x.shape)} does not fit a transform of width {self.n}")
+
     def _factors(self, i: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return getattr(self, f"left{i}").to(dtype), getattr(self, f"right{i}").to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., n)
         """V x, along the last dimension."""
+        self._check(x)
         x = x[..., self.perm]
         for i, offset in enumerate(self.offsets):
             L, R = self._factors(i, x.dtype)
@@ -109,6 +144,7 @@ class KroneckerTransform(torch.nn.Module):
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., n)
         """Vᵀ x = V⁻¹ x, along the last dimension."""
+        self._check(x)
         for i, offset in reversed(list(enumerate(self.offsets))):
             L, R = self._factors(i, x.dtype)
             x = kronecker_multiply(x, L.T, R.T, offset)
@@ -117,3 +153,15 @@ class KroneckerTransform(torch.nn.Module):
     def both_sides(self, H: torch.Tensor) -> torch.Tensor:  # (n, n) -> (n, n)
         """V H Vᵀ of a symmetric H."""
         return self(self(H).T)
+
+# %% ../book/04_incoherence.ipynb #incoherence-44
+def mu_bound(entries: int, factors: int, delta: float = 0.01) -> float:
+    """The μ of Lemma 5: what a transformed H or W keeps to with probability 1 − δ; :eq:`mu-bound`.
+
+    `entries` is n² for `V H Vᵀ`, mn for `U W Vᵀ`; `factors` is the number of Haar matrices in all: 2 for H and 4 for W,
+    if U and V are Kronecker products of two. Source: Chee et al. 2023; :prf:ref:`kronecker-incoherence`.
+    """
+    if entries < 1 or factors < 1 or not 0 < delta < 1:
+        raise QuipError(f"no bound on μ for {entries} entries, {factors} factors and δ = {delta}")
+    r = math.ceil(math.log(2 ** (factors / 2) * entries / delta) / factors)
+    return (2 * r) ** (factors / 2)

@@ -22,16 +22,17 @@ def ldl(
     """Factor `H = (U + I) D (U + I)ᵀ`, U strictly upper triangular; return `U (n, n)` and the diagonal of `D (n,)`.
 
     Cholesky factors are lower triangular, so H is reversed in both directions, factored, and reversed back. Where that
-    fails in single precision, it is done in double, and the factors are rounded to H's dtype. Raises `QuipError` if H
-    is not square, finite and symmetric, or not positive definite (damp it first). Source: :eq:`ldl` of chapter 3.
+    fails in single precision, it is done in double, and the factors are rounded to single. Raises `QuipError` if H is
+    not square, finite and symmetric, or not positive definite (damp it first). Source: :eq:`ldl` of chapter 3.
     """
     check_hessian(H)
-    for dtype in dict.fromkeys((H.dtype, torch.float64)):
+    given = torch.promote_types(H.dtype, torch.float32)  # there is no Cholesky decomposition in half precision
+    for dtype in dict.fromkeys((given, torch.float64)):
         L, failed = torch.linalg.cholesky_ex(H.to(dtype).flip(0, 1))
         if not failed:
             R = L.flip(0, 1)
             d = R.diagonal()
-            return (R / d).triu(1).to(H.dtype), (d**2).to(H.dtype)
+            return (R / d).triu(1).to(given), (d**2).to(given)
     raise QuipError(f"H is not positive definite but singular up to rounding: {_eigenvalue_range(H)}; use more damping")
 
 # %% ../book/03_ldlq.ipynb #ldlq-33
@@ -152,7 +153,7 @@ def ldlq(
     """Round W by LDLQ, adaptive rounding with U from `H = (U + I) D (U + I)ᵀ`, to integers, clamped to `0 … maxq`.
 
     The proxy loss is `tr(η D ηᵀ)`, η the rounding errors (:prf:ref:`ldlq-cancels`). When nothing is clamped, no linear
-    feedback is better, on average (:prf:ref:`ldlq-optimal`) or in the worst case (:prf:ref:`ldlq-worst`). Raises
+    feedback has less of it, on average (:prf:ref:`ldlq-optimal`) or at worst (:prf:ref:`ldlq-worst`). Raises
     `QuipError` as `ldlq_rounder` does. Source: Chee et al. 2023, theorem 1.
     """
     return ldlq_rounder(H)(W, maxq)

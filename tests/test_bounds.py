@@ -165,7 +165,8 @@ def test_report_takes_eigenvectors_and_leaves_wide_layers_out(monkeypatch):
 
 def test_report_of_a_zero_layer():
     W, H = torch.zeros(3, 8), second_moment(8, 0)
-    assert bounds.layer_report(W, H, quantize_matrix(W, H))["predicted_loss"] == 0
+    report = bounds.layer_report(W, H, quantize_matrix(W, H))
+    assert report["predicted_loss"] == 0 and report["mu_weights"] is None
 
 
 # bad input
