@@ -88,6 +88,24 @@ def test_an_existing_checkpoint_is_kept_unless_overwriting_is_asked_for(quantize
     assert (tmp_path / "out/model.safetensors").read_bytes() != before
 
 
+def test_every_step_has_a_switch(quantize, tmp_path, capsys):
+    switches = ("--method", "near", "--incoherence", "none", "--range", 3, "--no-order", "--rescale", "--passes", 1)
+    assert quantize(*switches)[0] == 0
+    settings = json.loads((tmp_path / "out/quip_report.json").read_text())["settings"]
+    expected = {"method": "near", "incoherence": "none", "rho": 3.0, "order": False, "rescale": True, "passes": 1}
+    assert expected.items() <= settings.items()
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["incoherence"] == "none" and config["rescale"]
+    _, out, _ = run(capsys, "info", tmp_path / "out")
+    assert " 3.00 " in out
+
+
+def test_info_says_where_damping_was_raised(quantize, tmp_path, capsys):
+    assert quantize("--alpha", 0, "--samples", 1, "--seq-len", 16)[0] == 0  # 16 tokens, 48 inputs
+    _, out, _ = run(capsys, "info", tmp_path / "out")
+    assert "model.layers.0.mlp.down_proj: H would not factor; damping raised from 0 to 1e-0" in out
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -99,6 +117,11 @@ def test_an_existing_checkpoint_is_kept_unless_overwriting_is_asked_for(quantize
         (["--samples", 0], "at least 1"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--seed", -1], "seed"),
+        (["--method", "gptq"], "unknown method 'gptq': choose one of near, stoch, ldlq, optq, ldlq-rg, greedy, admm"),
+        (["--range", "wide"], "--range must be a number or search, got 'wide'"),
+        (["--range", 0], "the range rho must be a positive number"),
+        (["--passes", -1], "passes must be at least 0"),
+        (["--incoherence", "haar"], "incoherence must be 'kron' or 'none'"),
     ],
 )
 def test_bad_arguments_of_quantize(more, words, quantize, tmp_path):
