@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from quip.incoherence import IdentityTransform, KroneckerTransform, make_transfo
 from quip.ldlq import ldlq
 from quip.methods import METHODS, choose, matrix_arguments
 from quip.proxy import proxy_loss
-from tests.conftest import tiny_llama
 
 METHOD_NAMES = list(METHODS)
 
