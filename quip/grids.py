@@ -36,7 +36,8 @@ def greedy_pass(
     h = H.diagonal()
     if not (h > 0).all():
         raise QuipError("greedy passes need every diagonal entry of H to be positive: damp it first")
-    return feedback_round(W, (H / h).fill_diagonal_(0), partial(nearest, maxq=maxq), What)
+    U = (H / h[:, None]).fill_diagonal_(0).T  # H is symmetric; this way the transpose of U lies in one piece
+    return feedback_round(W, U, partial(nearest, maxq=maxq), What)
 
 # %% ../book/07_grids.ipynb #grids-26
 def greedy_passes(

@@ -95,7 +95,7 @@ def feedback_round(
     """
     _check_feedback(W, U, start, leaf)
     Wt, Ut = W.T.contiguous(), U.T.contiguous()  # a column of W is a contiguous row here
-    T, What = Wt.clone(), torch.empty_like(Wt)
+    T = Wt.clone()  # what is to be rounded; once it has been, its place holds Ŵ
     E = torch.zeros_like(Wt) if start is None else Wt - start.T  # W − Ŵ
     w, t, e = (x.unbind(0) for x in (Wt, T, E))  # lists of columns: a slice a step would cost more than its sum
 
@@ -112,11 +112,11 @@ def feedback_round(
         for k in range(i, j):
             codes.append(rounding(t[k].addmv_(errors, feedback[k - i])))
             torch.sub(w[k], codes[-1], out=e[k])
-        torch.stack(codes, out=What[i:j])
+        torch.stack(codes, out=T[i:j])
 
     if len(Wt) > 0:
         sweep(0, len(Wt))
-    return What.T
+    return T.T
 
 
 def _check_feedback(W: torch.Tensor, U: torch.Tensor, start: torch.Tensor | None, leaf: int) -> None:
