@@ -65,9 +65,12 @@ def damp_to_definite(
     if not 0 <= alpha < float("inf"):
         raise QuipError(f"{name}: the damping alpha must be 0 or a positive number, got {alpha}")
     H = H.double()
-    v = H @ H.sum(1)  # its Rayleigh quotient is at most the largest eigenvalue
-    if (damp(H, alpha, center) - H)[0, 0] * (v @ v) >= INDEFINITE * (v @ H @ v):
-        _eigenvalue_range(H, name)  # so much damping could hide that H is indefinite
+    v = H @ H.sum(1)
+    largest = (v @ H @ v) / (v @ v) if v.any() else 0.0  # a Rayleigh quotient: at most the largest eigenvalue
+    lifted = H + INDEFINITE * largest * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    hides = (damp(H, alpha, center) - H)[0, 0] >= INDEFINITE * largest  # so much damping could hide an indefinite H
+    if hides and torch.linalg.cholesky_ex(lifted)[1]:
+        _eigenvalue_range(H, name)
     more = [alpha * 10.0**k for k in range(1, 16)] if alpha else [10.0**k for k in range(-6, 1)]
     words = ""
     for tried in [alpha, *(a for a in more if a <= 1)]:
