@@ -15,7 +15,7 @@ import torch
 from .algorithm import Basis, QuantizedMatrix, column_order
 from .errors import QuipError
 from .incoherence import mu_weights
-from .ldlq import ldl, ldlq
+from .ldlq import INDEFINITE, ldl, ldlq
 from .proxy import check_hessian, damp, proxy_loss
 from .rounding import nearest
 
@@ -38,7 +38,7 @@ def eigen(H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check_hessian(H)
     values, Q = torch.linalg.eigh(H.double())
-    if values[0] < -1e-3 * values[-1]:
+    if values[0] < -INDEFINITE * values[-1]:
         raise QuipError(f"H is indefinite: its eigenvalues go from {values[0]:.3g} to {values[-1]:.3g}")
     return values.clamp(min=0), Q
 

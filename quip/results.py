@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -53,7 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--eval-len", type=int, default=2048, help="of perplexity: tokens in a window (default: 2048)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     parser.add_argument("--out", help="file to write (default: in book/results or book/data)")
-    args = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(given)
+    shown = (Path(x).name if Path(x).is_absolute() or Path(x).exists() else x for x in given)
+    args.command = shlex.join(["python", "-m", "quip.results", *shown])
     show_own_warnings()
     quiet_transformers()
     try:
@@ -67,11 +71,9 @@ def calibrated(args: argparse.Namespace) -> tuple:
     text = data.load_text(args.calib, "calibration")
     model, tokenizer = models.load_model(args.model, pick_device(args.device))
     chosen = data.samples(data.tokenize(tokenizer, text), args.samples, args.seq_len, args.seed, text.source)
-    model_name, calibration = (Path(x).name if Path(x).exists() else x for x in (args.model, args.calib))
     about = {
-        "command": f"python -m quip.results {args.name} --model {model_name} --calib {calibration}"
-        f" --samples {args.samples} --seq-len {args.seq_len} --seed {args.seed}",
-        "model": model_name,
+        "command": args.command,  # as it was given, but for the folders of files: nobody else has them
+        "model": Path(args.model).name if Path(args.model).exists() else args.model,
         "calibration": text.source,
         "tokens": chosen.numel(),
         "seed": args.seed,

@@ -22,6 +22,7 @@ def test_layers(arguments, tmp_path):
     about, inputs, layers = record["about"], record["inputs"], record["layers"]
     assert about["tokens"] == 8 * 64 and about["calibration"] == "file words.txt" and about["seconds"] >= 0
     assert str(tmp_path) not in json.dumps(about)
+    assert about["command"].startswith("python -m quip.results layers --model model --calib words.txt --samples 8 ")
     assert len(layers) == 14 and len(inputs) == 8  # q, k and v share an input, gate and up another
     assert {name for x in inputs.values() for name in x["layers"]} == set(layers)
     for x in inputs.values():
@@ -41,6 +42,7 @@ def test_defaults(arguments, tmp_path):
     out = tmp_path / "defaults.json"
     results.main(["defaults", *arguments, "--bits", "2", "4", "--every", "2", "--out", str(out)])
     record = json.loads(out.read_text(encoding="utf-8"))
+    assert "--samples 8 --seq-len 64 --bits 2 4 --every 2" in record["about"]["command"]
     assert record["about"]["tokens"] == 8 * 64 and record["about"]["held_out_tokens"] == 2 * 64
     assert len(record["layers"]) == 7 and all(name.startswith("model.layers.1.") for name in record["layers"])
     for by_bits in record["layers"].values():
