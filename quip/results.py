@@ -259,23 +259,40 @@ def compare(W: torch.Tensor, H: torch.Tensor, H_fresh: torch.Tensor, bits: int, 
 
 
 def run_perplexity(args: argparse.Namespace) -> None:
-    """Perplexity on WikiText-2 of the model quantized with each of --variants, at each of --bits"""
+    """Perplexity on WikiText-2 of the model quantized with each of --variants, at each of --bits; resumes its file"""
     unknown = set(args.variants) - VARIANTS.keys()
     if unknown:
         raise QuipError(f"unknown variant {', '.join(sorted(unknown))}: there are {', '.join(VARIANTS)}")
     model, tokenizer, samples, about = calibrated(args)
     text = data.load_text("wikitext2", "evaluation")
     ids = data.tokenize(tokenizer, text)[: args.max_tokens]
-    about |= {"evaluation": text.source, "evaluation_tokens": len(ids)}
-    rows = [{"variant": "16 bits", "bits": 16, **evaluate.perplexity(model, ids, args.eval_len)}]
-    for variant in args.variants:
-        for bits in args.bits:
-            start, copied = time.perf_counter(), copy.deepcopy(model)
+    about |= {"evaluation": text.source, "evaluation_tokens": len(ids), "evaluation_window": args.eval_len}
+    out = args.out or "book/results/perplexity.json"
+    rows = recorded_rows(out, about)
+    wanted = [("16 bits", 16), *((variant, bits) for variant in args.variants for bits in args.bits)]
+    for variant, bits in wanted:
+        if any((row["variant"], row["bits"]) == (variant, bits) for row in rows):
+            continue
+        start, copied, more = time.perf_counter(), copy.deepcopy(model), {}
+        if bits < 16:
             reports = models.quantize_model(copied, samples, bits, args.seed, **VARIANTS[variant])
-            rows.append({"variant": variant, "bits": bits, **evaluate.perplexity(copied, ids, args.eval_len)})
-            losses = [report["relative_proxy_loss"] for report in reports.values()]
-            rows[-1] |= {"mean_loss": sum(losses) / len(losses), "seconds": round(time.perf_counter() - start)}
-            write_record(args.out or "book/results/perplexity.json", {"about": about, "rows": rows})
+            more["mean_loss"] = sum(report["relative_proxy_loss"] for report in reports.values()) / len(reports)
+        more |= evaluate.perplexity(copied, ids, args.eval_len)
+        more |= {"seconds": round(time.perf_counter() - start), "commit": about["commit"]}
+        rows.append({"variant": variant, "bits": bits, **more})
+        write_record(out, {"about": about, "rows": rows})
+
+
+def recorded_rows(path: str, about: dict) -> list[dict]:
+    """The rows that a record already has, if what it is about is the same but for who ran it, when and on what."""
+    if not Path(path).exists():
+        return []
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    free = {"command", "commit", "device", "versions"}
+    differ = [key for key in sorted(about.keys() - free) if record["about"].get(key) != about[key]]
+    if differ:
+        raise QuipError(f"{path} is about another {', '.join(differ)}: move it away, or name another --out")
+    return record["rows"]
 
 
 def write_record(path: str, record: dict) -> None:

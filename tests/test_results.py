@@ -52,17 +52,24 @@ def test_defaults(arguments, tmp_path):
         assert by_bits["4"]["default"][0] < by_bits["2"]["default"][0]
 
 
-def test_perplexity(arguments, tmp_path, monkeypatch, text_file):
+def test_perplexity(arguments, tmp_path, monkeypatch, text_file, capsys):
     (tmp_path / "texts" / "wikitext2").mkdir(parents=True)
     (tmp_path / "texts" / "wikitext2" / "test.txt").write_text(text_file.read_text())
     monkeypatch.setenv("QUIP_DATA", str(tmp_path / "texts"))
     out = tmp_path / "perplexity.json"
-    few = ["--bits", "4", "--variants", "default", "paper", "--max-tokens", "600", "--eval-len", "128"]
-    results.main(["perplexity", *arguments, *few, "--out", str(out)])
+    few = ["--max-tokens", "600", "--eval-len", "128", "--out", str(out)]
+    results.main(["perplexity", *arguments, *few, "--bits", "4", "--variants", "default"])
+    first = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    results.main(["perplexity", *arguments, *few, "--bits", "4", "--variants", "default", "paper"])
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert [(r["variant"], r["bits"]) for r in rows] == [("16 bits", 16), ("default", 4), ("paper", 4)]
     assert all(r["tokens"] == 512 and r["ppl"] > 1 for r in rows)
+    assert rows[:2] == first, "rows that are there are kept, their seconds included"
     assert rows[1]["ppl"] != rows[0]["ppl"] and rows[1]["mean_loss"] < rows[2]["mean_loss"]
+    with pytest.raises(SystemExit):
+        results.main(["perplexity", *arguments, *few, "--bits", "4", "--seed", "1"])
+    assert "perplexity.json is about another seed" in capsys.readouterr().err
+    assert json.loads(out.read_text(encoding="utf-8"))["rows"] == rows
 
 
 def test_example_layers(arguments, tmp_path, monkeypatch, capsys):
