@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle, islice
 from time import perf_counter
 
 import torch
 
+from quip import cpu
+from quip.algorithm import Basis, QuantizedMatrix
 from quip.grids import greedy_pass
+from quip.incoherence import KroneckerTransform
+from quip.kernels import QuantizedLinear, centred, packed_width, unpack
 from quip.ldlq import feedback_round, ldl
 from quip.rounding import nearest
 
 SIZES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
+KERNEL_SIZES = ((576, 1536), (4096, 4096), (11008, 4096), (8192, 28672))
+STREAMED = 128 * 2**20  # bytes of weights that take turns: more than caches hold, so that each is read from memory
 
 
 def bench_quantize(sizes=SIZES, bits: int = 2, repeats: int = 3, seed: int = 0) -> list[dict]:
@@ -56,3 +65,177 @@ def fastest_pair(one: Callable, other: Callable, repeats: int) -> tuple[float, f
             function()
             taken.append(perf_counter() - start)
     return min(times[0]), min(times[1])
+
+
+@torch.no_grad()
+def bench_kernels(
+    sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repeats=3, seed=0, device="cpu"
+) -> Iterator[dict]:
+    """Time packed layers beside `torch.nn.functional.linear` in float32 and bfloat16, weights streamed from memory.
+
+    Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
+    take turns, and of each the fastest of `repeats` rounds counts. A size is left out if memory is short. Rows: m, n,
+    bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads at best),
+    ratio_fp32, ratio_bf16 (torch's time over ours), and error (relative, against float64).
+    """
+    device = torch.device(device)
+    limit = read_bandwidth(device)
+    for m, n in sizes:
+        if device.type == "cpu" and 16 * m * n > free_memory():  # two copies of each, and room to make them
+            print(f"{m}x{n} is left out: its dense copies do not fit into memory", file=sys.stderr)
+            continue
+        dense = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            copies = max(STREAMED // (m * n * dtype.itemsize), 1) + 1
+            dense[dtype] = [torch.randn(m, n, device=device).to(dtype) for _ in range(copies)]
+        for bits in widths:
+            layers = random_layers(m, n, bits, seed, device)
+            for batch in batches:
+                x = torch.randn(batch, n, device=device)
+                for stage, function in stages(bits, device).items():
+                    times = fastest_streams(
+                        {
+                            "ours": [partial(function, layer, x) for layer in layers],
+                            **{d: [partial(torch.nn.functional.linear, x.to(d), W) for W in dense[d]] for d in dense},
+                        },
+                        repeats,
+                        device,
+                    )
+                    speed = m * packed_width(n, bits) / times["ours"]
+                    yield {
+                        **{"m": m, "n": n, "bits": bits, "batch": batch, "stage": stage, "ms": 1e3 * times["ours"]},
+                        **{"gb_per_s": speed / 1e9, "bandwidth": speed / limit},
+                        "ratio_fp32": times[torch.float32] / times["ours"],
+                        "ratio_bf16": times[torch.bfloat16] / times["ours"],
+                        "error": layer_error(function, layers[0], x[:1], stage),
+                    }
+
+
+def stages(bits: int, device: torch.device) -> dict[str, Callable]:
+    """What is timed: functions of a layer and its inputs. The product alone is timed where the CPU kernel runs."""
+    layer = {"layer": lambda layer, x: layer(x)}
+    if device.type != "cpu" or cpu.library() is None:
+        return layer
+    return {"multiply": lambda layer, x: cpu.multiply(x, layer.qweight, layer.scale, bits), **layer}
+
+
+def random_layers(m: int, n: int, bits: int, seed: int, device: torch.device) -> list[QuantizedLinear]:
+    """Layers of random codes with one pair of transforms, as many as memory streams."""
+    g = torch.Generator().manual_seed(seed)
+    basis = Basis(KroneckerTransform(n, seed), KroneckerTransform(m, seed + 1), None)
+    codes = torch.randint(2**bits, (m, n), generator=g, dtype=torch.uint8)
+    first = QuantizedLinear.from_matrix(QuantizedMatrix(codes, 1.0, bits, basis, {}, {})).to(device)
+    layers = [first]
+    for _ in range(STREAMED // first.qweight.nbytes):
+        layers.append(QuantizedLinear(n, m, bits))
+        layers[-1].qweight, layers[-1].scale = first.qweight.roll(len(layers), 0), first.scale
+        layers[-1].V, layers[-1].U = first.V, first.U
+    return layers
+
+
+def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: torch.device) -> dict[object, float]:
+    """Seconds a call of each kind, its functions called one after the other; the least of `repeats` rounds."""
+    calls = {kind: cycle(functions) for kind, functions in what.items()}
+    best = dict.fromkeys(what, float("inf"))
+    for _ in range(repeats):
+        for kind in what:
+            count = min(len(what[kind]), 32)
+            functions = list(islice(calls[kind], count))
+            start = now(device)
+            for function in functions:
+                function()
+            best[kind] = min(best[kind], (now(device) - start) / count)
+    return best
+
+
+def now(device: torch.device) -> float:
+    """The time at which everything asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def layer_error(function: Callable, layer: QuantizedLinear, x: torch.Tensor, stage: str) -> float:
+    """Relative error of one output vector against float64."""
+    z, y = x.double(), torch.empty(1, layer.out_features, dtype=torch.float64, device=x.device)
+    z = z if stage == "multiply" else layer.V(z)
+    for i in range(0, layer.out_features, 512):  # rows, since a large matrix in float64 may not fit
+        rows = unpack(layer.qweight[i : i + 512], layer.bits, layer.in_features)
+        y[:, i : i + 512] = z @ centred(rows, layer.bits, torch.float64).T
+    y *= layer.scale.double() / (1 - 2.0**-layer.bits)
+    y = y if stage == "multiply" else layer.U.inverse(y)
+    return ((function(layer, x).double() - y).norm() / y.norm()).item()
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free, as far as the system says; otherwise, no limit."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 2**62
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that this machine reads from memory, on as many threads as torch uses: the best of ten."""
+    data = torch.ones(2**28, dtype=torch.uint8, device=device)
+    own = device.type == "cpu" and cpu.library() is not None
+    read = partial(cpu.read, data) if own else data.view(torch.int64).sum
+    best = float("inf")
+    for _ in range(10):
+        start = now(device)
+        read()
+        best = min(best, now(device) - start)
+    return len(data) / best
+
+
+@torch.no_grad()
+def bench_generate(models: dict[str, torch.nn.Module], tokenizer, prompt: str, tokens: int, repeats: int) -> list[dict]:
+    """Tokens a second of `model.generate` after a prompt, batch 1, greedy, the models taking turns.
+
+    The time of the prompt is left out: it is that of two tokens taken from that of `tokens + 2`. Rows: model, dtype,
+    tokens_per_s (the best of `repeats`), ms_per_token, of_it_linear (in the linear layers of its blocks), of_it_head
+    (the output head), of_it_rest (attention, norms, and Python).
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    best = dict.fromkeys(models, float("inf"))
+    for _ in range(repeats):
+        for name, model in models.items():
+            seconds = generate_seconds(model, ids, tokens + 2) - generate_seconds(model, ids, 2)
+            best[name] = min(best[name], seconds / tokens)
+    rows = []
+    for name, model in models.items():
+        parts = time_parts(model, ids, tokens)
+        row = {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "tokens_per_s": 1 / best[name]}
+        rows.append(row | {"ms_per_token": 1e3 * best[name]} | parts)
+    return rows
+
+
+def generate_seconds(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds that it takes to generate exactly so many tokens, greedily."""
+    ids = ids.to(model.device)
+    start = now(model.device)
+    exactly = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    model.generate(ids, attention_mask=torch.ones_like(ids), **exactly)
+    return now(model.device) - start
+
+
+def time_parts(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> dict[str, float]:
+    """What part of the time of generating goes into linear layers, and into the output head, from hooks around each."""
+    head = model.get_output_embeddings()
+    spent, handles, started = {"linear": 0.0, "head": 0.0}, [], []
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, QuantizedLinear)):
+            kind = "head" if module is head else "linear"
+
+            def stop(module, args, output, kind=kind):
+                spent[kind] += now(model.device) - started.pop()
+
+            handles.append(module.register_forward_pre_hook(lambda *_: started.append(now(model.device))))
+            handles.append(module.register_forward_hook(stop))
+    try:
+        total = generate_seconds(model, ids, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    parts = {f"of_it_{kind}": seconds / total for kind, seconds in spent.items()}
+    return parts | {"of_it_rest": 1 - sum(parts.values())}

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from quip import __version__
@@ -81,9 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=run_info)
 
     p = commands.add_parser("bench", help="measure the speed of this machine")
-    p.add_argument("what", choices=("quantize",), help="quantize: LDLQ and greedy passes beside one matrix product")
-    p.add_argument("--bits", type=int, default=2, help="2, 3 or 4 (default: 2)")
-    p.add_argument("--sizes", metavar="MxN", nargs="+", help="of the weights, such as 4096x4096 (default: five sizes)")
+    p.add_argument(
+        "what",
+        choices=("quantize", "kernels", "generate"),
+        help="quantize: LDLQ and greedy passes beside one matrix product; kernels: packed layers beside dense ones; "
+        "generate: decoding with a checkpoint beside the model it was made from",
+    )
+    p.add_argument("models", nargs="*", metavar="MODEL", help="of generate: the checkpoint, and the model beside it")
+    p.add_argument("--bits", type=int, nargs="+", help="2, 3 or 4 (default: 2 for quantize, all for kernels)")
+    p.add_argument("--sizes", metavar="MxN", nargs="+", help="of the weights, such as 4096x4096 (default: several)")
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="of kernels (default: 1 8 32)")
+    p.add_argument("--tokens", type=int, default=64, help="of generate (default: 64)")
+    p.add_argument("--dtype", default="bfloat16", help="of generate: of both models (default: bfloat16)")
+    p.add_argument("--device", help="of kernels and generate: cpu, cuda, … (default: cuda if there is one)")
+    p.add_argument("--threads", type=int, help="of the CPU (default: as torch has it)")
     p.add_argument("--repeats", type=int, default=3, help="the fastest of so many counts (default: 3)")
     p.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     p.set_defaults(run=run_bench)
@@ -218,20 +230,60 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    from quip import bench
+    import torch
 
-    if args.bits not in (2, 3, 4) or args.repeats < 1:
-        raise QuipError(f"--bits must be 2, 3 or 4 and --repeats at least 1, got {args.bits} and {args.repeats}")
-    sizes = [parse_size(size) for size in args.sizes] if args.sizes else bench.SIZES
-    rows = bench.bench_quantize(sizes, args.bits, args.repeats)
+    bits = args.bits or ([2] if args.what == "quantize" else [2, 3, 4])
+    if not set(bits) <= {2, 3, 4} or min(args.repeats, args.tokens, *args.batch) < 1:
+        raise QuipError("--bits must be 2, 3 or 4, and --repeats, --tokens and --batch at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise QuipError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    rows = list(print_rows(bench_rows(args, bits)))
     if args.json:
         write_json(args.json, rows)
-    print("    m     n  bits  method        seconds  product_seconds  ratio")
-    for r in rows:
-        print(
-            f"{r['m']:5} {r['n']:5} {r['bits']:5}  {r['method']:12} {r['seconds']:8.4f}"
-            f" {r['product_seconds']:16.4f} {r['ratio']:6.2f}"
-        )
+
+
+def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
+    """The rows of the benchmark that was asked for, as they come."""
+    from quip import bench, cpu
+
+    sizes = [parse_size(size) for size in args.sizes or ()]
+    if args.what == "quantize":
+        return (row for b in bits for row in bench.bench_quantize(sizes or bench.SIZES, b, args.repeats))
+    device = pick_device(args.device)
+    if device == "cpu":
+        print(f"CPU kernel: {cpu.backend()}{f' ({cpu.load()[1]})' if cpu.load()[1] else ''}", file=sys.stderr)
+    if args.what == "kernels":
+        return bench.bench_kernels(sizes or bench.KERNEL_SIZES, bits, args.batch, args.repeats, device=device)
+    return iter(bench_generate(args, device))
+
+
+def bench_generate(args: argparse.Namespace, device: str) -> list[dict]:
+    """Load the models to compare, and time them."""
+    import torch
+
+    from quip import bench, models
+
+    if not args.models:
+        raise QuipError("bench generate needs the models to compare, such as a checkpoint and smollm2")
+    dtype = getattr(torch, args.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise QuipError(f"--dtype must be a floating-point type such as bfloat16, got {args.dtype!r}")
+    loaded = {name: models.load_model(name, device, dtype) for name in args.models}
+    tokenizer = next(iter(loaded.values()))[1]
+    only = {name: model for name, (model, _) in loaded.items()}
+    return bench.bench_generate(only, tokenizer, "The three states of matter are", args.tokens, args.repeats)
+
+
+def print_rows(rows: Iterable[dict]) -> Iterator[dict]:
+    """Pass rows on, printing each as a line of a table, below the names of the first one's columns."""
+    for i, row in enumerate(rows):
+        shown = {key: f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in row.items()}
+        if i == 0:
+            widths = {key: max(len(key), len(text), 8) for key, text in shown.items()}
+            print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
+        print("  ".join(f"{text:>{widths[key]}}" for key, text in shown.items()), flush=True)
+        yield row
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
 
-FORMAT = 1  # of packed codes and seeded transforms; a reader refuses what it does not know
+FORMAT = 2  # of packed codes and seeded transforms; a reader refuses what it does not know
 
 
 @register_quantization_config("quip")

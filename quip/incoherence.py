@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mu_weights', 'mu_hessian', 'haar_orthogonal', 'factor_pair', 'kronecker_stages', 'kronecker_multiply',
-           'KroneckerTransform', 'IdentityTransform', 'make_transform', 'mu_bound']
+           'kronecker_transform', 'KroneckerTransform', 'IdentityTransform', 'make_transform', 'mu_bound']
 
 # %% ../book/04_incoherence.ipynb #incoherence-08
 import math
@@ -95,6 +95,27 @@ def kronecker_multiply(
     return torch.cat((x[..., :offset], z, x[..., offset + p * q :]), -1)
 
 
+def kronecker_transform(
+    x: torch.Tensor,  # (..., n)
+    perm: torch.Tensor | None,  # (n,)
+    factors: list[torch.Tensor],  # L0 (p, p), R0 (q, q), …
+    inverse: bool = False,
+) -> torch.Tensor:
+    """`V x`, or with `inverse` `Vᵀ x`: a permutation and one Kronecker product, or two, by :eq:`kronecker`.
+
+    The first product acts on the first entries and the second on the last; without perm and factors, V is the identity.
+    """
+    n, last = x.shape[-1], len(factors) // 2 - 1
+    if perm is not None and not inverse:
+        x = x[..., perm]
+    for i in range(last, -1, -1) if inverse else range(last + 1):
+        L, R = (F.to(x.dtype).T if inverse else F.to(x.dtype) for F in factors[2 * i : 2 * i + 2])
+        x = kronecker_multiply(x, L, R, n - len(L) * len(R) if i else 0)
+    if perm is not None and inverse:
+        x = torch.empty_like(x).index_copy(-1, perm, x)
+    return x
+
+
 class KroneckerTransform(torch.nn.Module):
     """Seeded orthogonal transform `x ↦ V x`: a permutation, then Kronecker products of Haar matrices; :eq:`kronecker`.
 
@@ -117,7 +138,6 @@ class KroneckerTransform(torch.nn.Module):
         perm = rng.permutation(n)  # drawn in any case, so that the factors are the same
         perm = perm if permute else np.arange(n)
         self._keep("perm", perm)
-        self._keep("inverse_perm", np.argsort(perm))
         self.offsets = []
         for i, (offset, p, q) in enumerate(kronecker_stages(n)):
             self.offsets.append(offset)
@@ -134,25 +154,19 @@ class KroneckerTransform(torch.nn.Module):
         if x.shape[-1:] != (self.n,):  # a wider x would be cut off by the permutation, without a word
             raise QuipError(f"x {tuple(x.shape)} does not fit a transform of width {self.n}")
 
-    def _factors(self, i: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        return getattr(self, f"left{i}").to(dtype), getattr(self, f"right{i}").to(dtype)
+    def tensors(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The permutation, and the factors L0, R0, and perhaps L1, R1: what `kronecker_transform` needs."""
+        return self.perm, [getattr(self, f"{side}{i}") for i in range(len(self.offsets)) for side in ("left", "right")]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., n)
         """V x, along the last dimension."""
         self._check(x)
-        x = x[..., self.perm]
-        for i, offset in enumerate(self.offsets):
-            L, R = self._factors(i, x.dtype)
-            x = kronecker_multiply(x, L, R, offset)
-        return x
+        return kronecker_transform(x, *self.tensors())
 
     def inverse(self, x: torch.Tensor) -> torch.Tensor:  # (..., n) -> (..., n)
         """Vᵀ x = V⁻¹ x, along the last dimension."""
         self._check(x)
-        for i, offset in reversed(list(enumerate(self.offsets))):
-            L, R = self._factors(i, x.dtype)
-            x = kronecker_multiply(x, L.T, R.T, offset)
-        return x[..., self.inverse_perm]
+        return kronecker_transform(x, *self.tensors(), inverse=True)
 
     def both_sides(self, H: torch.Tensor) -> torch.Tensor:  # (n, n) -> (n, n)
         """V H Vᵀ of a symmetric H."""
@@ -167,6 +181,10 @@ class IdentityTransform(torch.nn.Module):
     def __init__(self, n: int):
         super().__init__()
         self.n, self.seed, self.fingerprint = n, 0, 0
+
+    def tensors(self) -> tuple[None, list]:
+        """No permutation and no factors."""
+        return None, []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x itself."""

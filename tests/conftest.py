@@ -19,6 +19,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
+def random_codes(m: int, n: int, bits: int, seed: int = 0) -> torch.Tensor:
+    """Codes `(m, n)` uint8, uniform."""
+    return torch.randint(2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
 def tiny_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     """Two blocks, 48 wide (no power of two), grouped-query attention, tied embeddings."""
     torch.manual_seed(seed)

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,17 +17,15 @@ BITS = (2, 3, 4)
 HALF = (torch.float16, torch.bfloat16)
 
 
-def random_codes(m, n, bits, seed=0):
-    return torch.randint(2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
-
 def naive_pack(codes, bits):
-    """Bit i of code j of a row is bit `bits·j + i` of the row."""
+    """Bit by bit: a stream of whole codes, or at 3 bits one of their bits 0 and 1, and then one of their bits 2."""
     m, n = codes.shape
-    packed = torch.zeros(m, -(-n // 8) * bits, dtype=torch.uint8)
+    groups = -(-n // 64)
+    packed = torch.zeros(m, groups * 8 * bits, dtype=torch.uint8)
+    low = 4 if bits == 4 else 2
     for row, j, i in product(range(m), range(n), range(bits)):
-        byte, bit = divmod(bits * j + i, 8)
-        packed[row, byte] |= (codes[row, j].item() >> i & 1) << bit
+        place = low * j + i if i < low else 64 * groups * low + j
+        packed[row, place // 8] |= (codes[row, j].item() >> i & 1) << place % 8
     return packed
 
 
@@ -61,7 +60,7 @@ def relative_error(y, exact):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 3), st.integers(1, 35), st.sampled_from(BITS), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 35) | st.integers(60, 140), st.sampled_from(BITS), st.integers(0, 99))
 def test_pack_equals_the_naive_packer_and_unpack_inverts_it(m, n, bits, seed):
     codes = random_codes(m, n, bits, seed)
     packed = pack(codes, bits)
@@ -81,13 +80,14 @@ def test_the_largest_and_the_smallest_codes_survive(bits):
 @pytest.mark.parametrize(
     ("bits", "codes", "octets"),
     [
-        (2, [0, 1, 2, 3, 3], [0b11100100, 0b11]),
-        (3, range(8), [0x88, 0xC6, 0xFA]),
-        (4, range(1, 9), [0x21, 0x43, 0x65, 0x87]),
+        (2, [0, 1, 2, 3, 3], {0: 0b11100100, 1: 0b11}),
+        (3, range(8), {0: 0b11100100, 1: 0b11100100, 16: 0b11110000}),
+        (4, range(1, 9), {0: 0x21, 1: 0x43, 2: 0x65, 3: 0x87}),
     ],
 )
 def test_the_format_is_fixed(bits, codes, octets):
-    assert pack(torch.tensor([list(codes)]), bits).tolist() == [octets]
+    packed = pack(torch.tensor([list(codes)]), bits)
+    assert {i: octet for i, octet in enumerate(packed[0].tolist()) if octet} == octets and packed.shape == (1, 8 * bits)
 
 
 @pytest.mark.parametrize("code", [-1, 4])
@@ -115,14 +115,16 @@ def test_layer_equals_the_dense_layer(m, n, bits, rescale, shape, seed):
     assert y.dtype == torch.float32
     assert y.shape == exact.shape
     scale = dense.weight.norm() * x.norm() / m**0.5 + dense.bias.norm()
-    assert (y.double() - exact).abs().max() < 1e-5 * scale
+    assert (y.double() - exact).abs().max() < 2e-4 * scale
+    exactly = layer(x.double())  # float64, for which there is no kernel
+    assert (exactly - exact).abs().max() < 1e-6 * scale
 
 
 def test_layer_without_bias():
     q, x = quantized(), inputs(40, 7)
     layer = QuantizedLinear.from_matrix(q)
     assert layer.bias is None
-    assert relative_error(layer(x), x.double() @ q.dequantize().T) < 1e-5
+    assert relative_error(layer(x), x.double() @ q.dequantize().T) < 2e-4
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["float32 layer", "cast layer"])

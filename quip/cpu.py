@@ -1,0 +1,181 @@
+"""The CPU kernel of `quip/csrc`, called through ctypes. Without it, layers run in pure PyTorch (chapter 9)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from operator import is_
+
+import torch
+
+from quip.errors import QuipError
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
+WIDEST = 2**16  # columns whose sums certainly fit 32 bits
+
+
+class Stage(ctypes.Structure):
+    """struct quip_stage"""
+
+    _fields_ = [(k, ctypes.c_int64) for k in ("offset", "p", "q")] + [(k, ctypes.c_void_p) for k in ("L", "R")]
+
+
+class Transform(ctypes.Structure):
+    """struct quip_transform"""
+
+    _fields_ = [("perm", ctypes.c_void_p), ("stages", ctypes.c_int64), ("stage", Stage * 2)]
+
+
+class Layer(ctypes.Structure):
+    """struct quip_layer"""
+
+    _fields_ = [
+        *((k, ctypes.c_int64) for k in ("m", "n", "bits")),
+        *((k, ctypes.c_void_p) for k in ("codes", "scale", "rescale", "bias")),
+        ("bias_dtype", ctypes.c_int64),
+        *((k, Transform) for k in "VU"),
+    ]
+
+
+@cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The extension, or None and why there is none. Raises `QuipError` if QUIP_CPU asks for what cannot be."""
+    asked = os.environ.get("QUIP_CPU", "")
+    spec = find_spec("quip._cpu")
+    if asked == "torch":
+        return None, "QUIP_CPU=torch asks for none"
+    if spec is None:
+        return None, "it was not built; installing quip where there is a C++ compiler, GCC or Clang, builds it"
+    try:
+        lib = ctypes.CDLL(spec.origin)
+        lib.quip_backends.restype = lib.quip_backend.restype = ctypes.c_char_p
+        lib.quip_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+        lib.quip_multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
+        lib.quip_read.argtypes, lib.quip_read.restype = [ctypes.c_void_p] + [ctypes.c_int64] * 2, ctypes.c_uint64
+    except (OSError, AttributeError) as e:
+        return None, f"it cannot be loaded: {e}"
+    names = ", ".join(lib.quip_backends().decode().split())
+    if asked and lib.quip_use(asked.encode()):
+        raise QuipError(f"QUIP_CPU={asked}: this processor runs {names}, torch")
+    return lib, ""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The extension if there is one; else None and, once, a warning, unless QUIP_CPU asks for none."""
+    lib, why = load()
+    if lib is None and os.environ.get("QUIP_CPU") != "torch":
+        warnings.warn(f"quip has no CPU kernel: {why}. Layers run in pure PyTorch, several times slower", stacklevel=2)
+    return lib
+
+
+def backends() -> list[str]:
+    """The backends that this processor can run, best first; the last is `torch`, which is none."""
+    lib = load()[0]
+    return [*(lib.quip_backends().decode().split() if lib else []), "torch"]
+
+
+def backend() -> str:
+    """The backend in use: avx512, avx2, neon, portable, or torch. The environment variable QUIP_CPU forces one."""
+    lib = load()[0]
+    return lib.quip_backend().decode() if lib else "torch"
+
+
+def use(name: str) -> None:
+    """Use another backend of the kernel, for tests and benchmarks. Raises `QuipError` if there is no such one here."""
+    if name == "torch" or name not in backends():
+        raise QuipError(f"the CPU kernel has no backend {name!r} here: there are {', '.join(backends()[:-1])}")
+    load()[0].quip_use(name.encode())
+
+
+class Call:
+    """The kernel's call for one layer: its structure, made once. Keeps the tensors, whose addresses are in it, alive.
+
+    The arguments are those of `quip.kernels.linear` after x. Raises `QuipError` for codes of another width.
+    """
+
+    def __init__(
+        self, n, qweight, scale, bits, rescale=None, bias=None, v_perm=None, v_factors=(), u_perm=None, u_factors=()
+    ):
+        if qweight.shape[1] != -(-n // 64) * 8 * bits:  # or it would read beyond their end
+            raise QuipError(f"packed codes {tuple(qweight.shape)} of {bits} bits do not fit {n} columns")
+        self.n, self.m, self.tensors = n, len(qweight), (qweight, scale, rescale, bias)
+        self.kept = [t.contiguous() for t in (v_perm, u_perm, *v_factors, *u_factors) if t is not None]
+        self.addresses = tuple(map(address, self.tensors))
+        self.structure = Layer(
+            *(self.m, n, bits, *self.addresses, DTYPES[torch.float32 if bias is None else bias.dtype]),
+            *(transform(n, v_perm, v_factors), transform(self.m, u_perm, u_factors)),
+        )
+        self.at = ctypes.addressof(self.structure)
+
+    def fits(self, x: torch.Tensor, buffers: dict) -> bool:
+        """Whether x has the right width, and the layer's tensors are still where they were."""
+        now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
+        same = all(map(is_, now, self.tensors)) and now[0].data_ptr() == self.addresses[0]
+        return same and x.shape[-1] == self.n and x.is_contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
+        y = x.new_empty(*x.shape[:-1], self.m)
+        threads = torch.get_num_threads()
+        if library().quip_linear(self.at, x.data_ptr(), y.data_ptr(), x.numel() // self.n, DTYPES[x.dtype], threads):
+            raise MemoryError(f"no memory for the product with {self.m} x {self.n} weights")
+        return y
+
+    def __deepcopy__(self, memo) -> None:
+        """A copied layer has other addresses, and makes a call of its own."""
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def address(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor]) -> Transform:
+    """The structure of a transform; see `quip.incoherence.kronecker_transform`."""
+    made = Transform(perm=address(perm), stages=len(factors) // 2)
+    for i in range(len(factors) // 2):
+        L, R = factors[2 * i : 2 * i + 2]
+        made.stage[i] = Stage(width - len(L) * len(R) if i else 0, len(L), len(R), address(L), address(R))
+    return made
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is just numbers on the CPU: nobody who traces or differentiates has to see what is done to it."""
+    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in DTYPES and not x.requires_grad
+
+
+def can_run(x: torch.Tensor, *tensors) -> bool:
+    """Whether the kernel takes x and the other arguments of `quip.kernels.linear`: on the CPU, of types it reads."""
+    qweight, scale, _, rescale, bias, _, v_factors, _, u_factors = tensors
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and x.shape[-1] <= WIDEST
+        and (bias is None or bias.dtype in DTYPES)
+        and all(t is None or t.dtype == torch.float32 for t in (scale, rescale, *v_factors, *u_factors))
+        and all(t is None or t.is_contiguous() for t in (qweight, rescale, bias, *v_factors, *u_factors))
+        and library() is not None
+    )
+
+
+def linear(x: torch.Tensor, *tensors) -> torch.Tensor:  # (batch, n), contiguous -> (batch, m)
+    """The whole layer: V, the product with packed codes, Uᵀ, bias. For arguments see `quip.kernels.linear`."""
+    return Call(x.shape[-1], *tensors)(x)
+
+
+def multiply(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """`scale · x Cᵀ` alone, of float32 x `(batch, n)`; the product in the middle of `linear`."""
+    call, y = Call(x.shape[-1], qweight, scale, bits), x.new_empty(len(x), len(qweight))
+    if library().quip_multiply(call.at, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
+        raise MemoryError(f"no memory for the product with {call.m} x {call.n} weights")
+    return y
+
+
+def read(data: torch.Tensor) -> int:
+    """Read every byte of a tensor, and do as little as possible with it: what memory allows, for benchmarks."""
+    return library().quip_read(data.data_ptr(), data.nbytes, torch.get_num_threads())

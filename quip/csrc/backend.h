@@ -1,0 +1,37 @@
+// What differs from processor to processor: the inner loops. Each backend compiles `multiply.inc` for its instructions.
+#pragma once
+#include <stdint.h>
+
+// An activation vector is step * q, q integers with this sum.
+struct Quantized {
+    double step;
+    int64_t sum;
+};
+
+struct Backend {
+    const char *name;
+    int vector;  // bytes in a vector
+    // q (n) of activations z (n)
+    Quantized (*quantize)(const float *z, int64_t n, int16_t *q);
+    // the two digits of q, for rows of `bytes` bytes with `fields` codes each, as `multiply` reads them
+    void (*arrange)(const int16_t *q, int64_t bytes, int64_t fields, int8_t *out);
+    // sums (batch, rows; `stride` apart): code times activation, over all columns, exactly; a row of codes has `width`
+    // bytes, an activation vector `size` bytes of digits
+    void (*multiply)(const uint8_t *codes, int64_t width, int64_t bits, int64_t rows, const int8_t *digits,
+                     int64_t size, int64_t batch, int64_t *sums, int64_t stride);
+    // C (rows, columns) = A (rows, inner) B (inner, columns); A(i, k) at A[i * row_step + k * step]
+    void (*product)(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t rows,
+                    int64_t inner, int64_t columns);
+    bool (*runs_here)();
+};
+
+// Short loops over arrays that must become registers.
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+
+inline void fetch(const void *p) { __builtin_prefetch(p); }  // never faults
+
+extern const Backend avx512_backend, avx2_backend, neon_backend, portable_backend;

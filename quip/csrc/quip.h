@@ -1,0 +1,48 @@
+// The C interface of the CPU kernel: one layer, y = U' (s C) V x / D + b, on packed codes C (chapter 9 of the book).
+#pragma once
+#include <stdint.h>
+
+#define QUIP_API extern "C" __attribute__((visibility("default")))
+
+enum quip_dtype { QUIP_FLOAT32, QUIP_FLOAT16, QUIP_BFLOAT16 };
+
+// One Kronecker product: entries offset ... offset + p q, folded to X (p, q), become L X R'.
+struct quip_stage {
+    int64_t offset, p, q;
+    const float *L, *R;  // (p, p) and (q, q), row by row
+};
+
+// x -> x[perm], then the stages in order. No perm and no stage: the identity.
+struct quip_transform {
+    const int64_t *perm;  // (width), or null
+    int64_t stages;
+    quip_stage stage[2];
+};
+
+struct quip_layer {
+    int64_t m, n, bits;
+    const uint8_t *codes;  // (m, ceil(n / 64) * 8 * bits)
+    const float *scale;    // (1)
+    const float *rescale;  // (n), or null
+    const void *bias;      // (m), or null
+    int64_t bias_dtype;
+    quip_transform V, U;  // of widths n and m
+};
+
+// y (batch, m) of x (batch, n), both of `dtype`, contiguous. 0, or 1 if there is no memory.
+QUIP_API int quip_linear(const quip_layer *, const void *x, void *y, int64_t batch, int64_t dtype, int64_t threads);
+
+// y (batch, m) = s C x: the product alone, as the layer computes it. 0, or 1 if there is no memory.
+QUIP_API int quip_multiply(const quip_layer *, const float *x, float *y, int64_t batch, int64_t threads);
+
+// The exclusive or of all whole 64-bit words: a way to read memory as fast as it can be read.
+QUIP_API uint64_t quip_read(const void *, int64_t bytes, int64_t threads);
+
+// Names of the backends that this processor can run, best first, separated by spaces.
+QUIP_API const char *quip_backends(void);
+
+// The one in use; at first the best.
+QUIP_API const char *quip_backend(void);
+
+// Use one of them from now on. 0, or 1 if it is not among them.
+QUIP_API int quip_use(const char *name);

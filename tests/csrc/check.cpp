@@ -1,0 +1,136 @@
+// The CPU kernel without Python, for the sanitizers and for emulators of other processors: every backend, over shapes
+// that end anywhere in a vector, in buffers of exactly the size that is promised, against plain loops in double.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "quip.h"
+
+namespace {
+
+std::mt19937 random_bits(0);
+
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// An allocation of exactly n values, so that a sanitizer sees the first byte beyond.
+template <class T>
+struct Exactly {
+    std::unique_ptr<T[]> data;
+    explicit Exactly(int64_t n) : data(new T[n]()) {}
+    operator T *() { return data.get(); }
+};
+
+struct Problem {
+    quip_layer layer{};
+    std::vector<int> code;  // (m, n)
+    Exactly<uint8_t> codes;
+    Exactly<float> scale{1}, rescale, bias, LV, RV, LU, RU;
+    Exactly<int64_t> v, u;
+
+    static int64_t width(int64_t n, int64_t bits) { return (n + 63) / 64 * 8 * bits; }
+
+    // m = pm * qm and n = pn * qn
+    Problem(int64_t pm, int64_t qm, int64_t pn, int64_t qn, int64_t bits)
+        : code(pm * qm * pn * qn), codes(pm * qm * width(pn * qn, bits)), rescale(pn * qn), bias(pm * qm), LV(pn * pn),
+          RV(qn * qn), LU(pm * pm), RU(qm * qm), v(pn * qn), u(pm * qm) {
+        const int64_t m = pm * qm, n = pn * qn, w = width(n, bits);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t j = 0; j < n; j++) {
+                const int c = code[i * n + j] = static_cast<int>(random_bits() % (1 << bits));
+                uint8_t *row = codes + i * w;
+                if (bits == 4) row[j / 2] |= c << j % 2 * 4;
+                if (bits != 4) row[j / 4] |= (c & 3) << j % 4 * 2;
+                if (bits == 3) row[w / 3 * 2 + j / 8] |= (c >> 2) << j % 8;
+            }
+        scale[0] = 0.7f;
+        for (int64_t j = 0; j < n; j++) rescale[j] = 1 + 0.1f * std::fabs(normal()), v[j] = (j * 7 + 3) % n;
+        for (int64_t i = 0; i < m; i++) bias[i] = normal(), u[i] = m - 1 - i;
+        if (n % 7 == 0) for (int64_t j = 0; j < n; j++) v[j] = n - 1 - j;
+        for (auto [F, p] : {std::pair<float *, int64_t>{LV, pn}, {RV, qn}, {LU, pm}, {RU, qm}})
+            for (int64_t i = 0; i < p * p; i++) F[i] = normal() / std::sqrt(static_cast<float>(p));
+        layer = {m, n, bits, codes, scale, rescale, bias, QUIP_FLOAT32, {v, 1, {{0, pn, qn, LV, RV}, {}}},
+                 {u, 1, {{0, pm, qm, LU, RU}, {}}}};
+    }
+
+    // L X R' of x (p, q), or with `back` L' X R
+    static std::vector<double> kronecker(const std::vector<double> &x, int64_t p, int64_t q, const float *L, const float *R,
+                                         bool back) {
+        std::vector<double> y(p * q);
+        for (int64_t i = 0; i < p; i++)
+            for (int64_t k = 0; k < p; k++)
+                for (int64_t j = 0; j < q; j++)
+                    for (int64_t l = 0; l < q; l++)
+                        y[i * q + j] += (back ? L[k * p + i] : L[i * p + k]) * x[k * q + l] *
+                                        static_cast<double>(back ? R[l * q + j] : R[j * q + l]);
+        return y;
+    }
+
+    std::vector<double> product(const std::vector<double> &z) const {
+        std::vector<double> y(layer.m);
+        const double top = (1 << layer.bits) - 1;
+        for (int64_t i = 0; i < layer.m; i++)
+            for (int64_t j = 0; j < layer.n; j++)
+                y[i] += *layer.scale * (2 * code[i * layer.n + j] - top) / top * z[j];
+        return y;
+    }
+
+    std::vector<double> run(const float *x) const {
+        std::vector<double> z(layer.n), y(layer.m);
+        for (int64_t j = 0; j < layer.n; j++) z[j] = static_cast<double>(x[layer.V.perm[j]]) / layer.rescale[layer.V.perm[j]];
+        const quip_stage &V = layer.V.stage[0], &U = layer.U.stage[0];
+        z = kronecker(product(kronecker(z, V.p, V.q, V.L, V.R, false)), U.p, U.q, U.L, U.R, true);
+        for (int64_t i = 0; i < layer.m; i++) y[layer.U.perm[i]] = z[i] + static_cast<const float *>(layer.bias)[layer.U.perm[i]];
+        return y;
+    }
+};
+
+int failures = 0;
+
+void compare(const char *what, const std::string &backend, const Problem &p, const float *y, const std::vector<double> &exact) {
+    double error = 0, norm = 1e-30;
+    for (size_t i = 0; i < exact.size(); i++) error += std::pow(y[i] - exact[i], 2), norm += exact[i] * exact[i];
+    if (std::sqrt(error / norm) < 3e-4) return;
+    std::printf("%s on %s, %d x %d, %d bits: relative error %g\n", what, backend.c_str(), static_cast<int>(p.layer.m),
+                static_cast<int>(p.layer.n), static_cast<int>(p.layer.bits), std::sqrt(error / norm));
+    failures++;
+}
+
+void check(const std::string &backend, Problem &p, int64_t batch, int64_t threads) {
+    const int64_t m = p.layer.m, n = p.layer.n;
+    Exactly<float> x(batch * n), y(batch * m), z(batch * m);
+    for (int64_t i = 0; i < batch * n; i++) x[i] = normal();
+    if (quip_linear(&p.layer, x, y, batch, QUIP_FLOAT32, threads) || quip_multiply(&p.layer, x, z, batch, threads)) failures++;
+    for (int64_t t = 0; t < batch; t++) {
+        compare("layer", backend, p, y + t * m, p.run(x + t * n));
+        compare("product", backend, p, z + t * m, p.product({x + t * n, x + (t + 1) * n}));
+    }
+}
+
+}  // namespace
+
+int main() {
+    const int64_t shapes[][4] = {{1, 1, 1, 1}, {1, 3, 1, 2}, {2, 3, 3, 5}, {5, 8, 7, 9}, {4, 4, 8, 8}, {6, 7, 10, 13},
+                                 {3, 11, 16, 20}, {5, 5, 12, 43}, {2, 2, 19, 27}, {17, 19, 3, 3}};
+    std::istringstream names(quip_backends());
+    int checks = 0;
+    for (std::string name; names >> name;) {
+        if (quip_use(name.c_str()) || name != quip_backend()) failures++;
+        for (const auto &s : shapes)
+            for (int64_t bits = 2; bits <= 4; bits++)
+                for (int64_t batch : {1, 2, 5, 66}) {
+                    if (batch == 66 && s[0] != 4) continue;
+                    Problem p(s[0], s[1], s[2], s[3], bits);
+                    check(name, p, batch, 1 + batch % 2);
+                    checks++;
+                }
+        std::printf("%s ", name.c_str());
+    }
+    if (quip_use("none") != 1) failures++;
+    std::printf("%d checks, %d failures\n", checks, failures);
+    return failures != 0;
+}
