@@ -505,7 +505,7 @@ class _Kernels:
     def __call__(self, name: str, grid: tuple[int, int], *args):
         if name not in self.functions:
             self.functions[name] = _succeed(self.driver.cuModuleGetFunction(self.module, name.encode()))
-        values = [_c_value(value) for value in args]
+        values = [_c_value(value) for value in args]  # kept until the launch has copied them
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream(self.device).cuda_stream
         _succeed(self.driver.cuCtxPushCurrent(self.context))
@@ -517,9 +517,11 @@ class _Kernels:
 
 
 def _c_value(value):
-    if value is None or isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(None if value is None else value.data_ptr())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 @cache
@@ -578,45 +580,50 @@ def row_bytes(n: int, bits: int) -> int:
     return -(-n // 64) * 8 * bits
 
 
-def _need(fits: bool, what: str, tensor) -> None:
-    if not fits:
+def _need(fits: bool, what: str, tensor, *details) -> None:
+    if not fits:  # only now, as putting the message together takes longer than the check
         got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}" if torch.is_tensor(tensor) else repr(tensor)
-        raise QuipError(f"{what}, got {got}")
+        raise QuipError(f"{what.format(*details)}, got {got}")
 
 
 def _check_weights(qweight: torch.Tensor, bits: int, n: int) -> None:
-    if bits not in (2, 3, 4):
-        raise QuipError(f"bits must be 2, 3 or 4, got {bits!r}")
+    _need(bits in (2, 3, 4), "bits must be 2, 3 or 4", bits)
     width = row_bytes(n, bits)
     fits = qweight.dtype == torch.uint8 and qweight.dim() == 2 and qweight.shape[1] == width and n > 0
-    _need(fits, f"{bits}-bit weights of {n} inputs are uint8 (m, {width})", qweight)
+    _need(fits, "{}-bit weights of {} inputs must be uint8 (m, {})", qweight, bits, n, width)
 
 
-def _check(x, qweight, scale, bits) -> None:
+def _check(x, qweight, scale, bits, rescale, bias) -> None:
     _need(x.dtype in TYPES and x.dim() == 2, "x must be float32, float16 or bfloat16 (B, n)", x)
-    _check_weights(qweight, bits, x.shape[1])
+    (_, n), m = x.shape, len(qweight)
+    _check_weights(qweight, bits, n)
     _need(scale.dtype == torch.float32 and scale.numel() == 1, "the scale must be one float32", scale)
-    for tensor in (qweight, scale):
-        _need(tensor.device == x.device, f"all tensors must be on {x.device}, as x is", tensor)
+    if rescale is not None:
+        _need(rescale.dtype == torch.float32 and rescale.shape == (n,), "rescale must be float32 ({},)", rescale, n)
+    if bias is not None:
+        _need(bias.is_floating_point() and bias.shape == (m,), "the bias must be of a float type and ({},)", bias, m)
+    for tensor in (qweight, scale, rescale, bias):
+        _need(tensor is None or tensor.device == x.device, "all must be on {}, as x is", tensor, x.device)
 
 
-def _check_transform(name: str, width: int, transform, device: torch.device) -> list:
-    """The stages (offset, L, R) of a transform given as (permutation or None, [L0, R0, ...])."""
+def _check_transform(name: str, width: int, transform, device: torch.device) -> tuple:
+    """The permutation of a transform and its stages (offset, L, R), from (permutation or None, [L0, R0, ...])."""
     perm, factors = transform
-    _need(len(factors) in (0, 2, 4), f"{name} takes no, two or four factors", len(factors))
+    _need(len(factors) in (0, 2, 4), "{} takes no, two or four factors", len(factors), name)
     if perm is not None:
         fits = perm.dtype == torch.int64 and perm.shape == (width,) and perm.device == device
-        _need(fits, f"the permutation of {name} must be int64 ({width},) on {device}", perm)
+        _need(fits, "the permutation of {} must be int64 ({},) on {}", perm, name, width, device)
+        perm = perm.contiguous()
     for matrix in factors:
         fits = matrix.dtype == torch.float32 and matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1]
-        _need(fits and matrix.device == device, f"factors of {name} must be float32 (p, p) on {device}", matrix)
-    pairs = list(zip(factors[::2], factors[1::2], strict=True))
-    for i, (L, R) in enumerate(pairs):
+        _need(fits and matrix.device == device, "factors of {} must be float32 (p, p) on {}", matrix, name, device)
+    stages = []
+    for L, R in zip(factors[::2], factors[1::2], strict=True):
         size = len(L) * len(R)
-        fits = 0 < size <= width if len(pairs) == 2 else size == width
-        _need(fits, f"factors of {name} must make up its width {width}", (len(L), len(R)))
-        pairs[i] = (0 if i == 0 else width - size, L.contiguous(), R.contiguous())
-    return pairs
+        fits = 0 < size <= width if len(factors) == 4 else size == width
+        _need(fits, "factors of {} must make up its width {}", (len(L), len(R)), name, width)
+        stages.append((width - size if stages else 0, L.contiguous(), R.contiguous()))
+    return perm, stages
 
 # %% ../book/09_cuda.ipynb #cuda-50
 WARPS = 8  # of a block, as in the sources
@@ -723,23 +730,17 @@ def linear(
     waits for the device. Inference only: there is no gradient. Raises `QuipError` for tensors of a wrong shape, type
     or device, and where the kernels are not available.
     """
-    _check(x, qweight, scale, bits)
+    _check(x, qweight, scale, bits, rescale, bias)
     (B, n), m = x.shape, len(qweight)
-    stages_v, stages_u = _check_transform("V", n, v, x.device), _check_transform("U", m, u, x.device)
-    if rescale is not None:
-        fits = rescale.shape == (n,) and rescale.dtype == torch.float32 and rescale.device == x.device
-        _need(fits, f"rescale must be float32 ({n},) on {x.device}", rescale)
-    if bias is not None:
-        fits = bias.shape == (m,) and bias.is_floating_point() and bias.device == x.device
-        _need(fits, f"the bias must be of a float type, ({m},), on {x.device}", bias)
+    perm_v, stages_v = _check_transform("V", n, v, x.device)
+    perm_u, stages_u = _check_transform("U", m, u, x.device)
     dtype = _arithmetic(x.dtype, x.device)
     kernels = _load(x.device, bits, dtype)
     if B == 0 or m == 0:
         return x.new_empty(B, m)
-    qweight, perm_v, perm_u = _aligned(qweight), v[0], u[0]
+    qweight = _aligned(qweight)
     if B > FUSED or m > MOST_ROWS or max((len(M) for M in (*v[1], *u[1])), default=0) > WIDEST:
         return _dense(x, qweight, scale, bits, perm_v, stages_v, perm_u, stages_u, rescale, bias)
-    perm_v, perm_u = (perm if perm is None else perm.contiguous() for perm in (perm_v, perm_u))
     rescale = None if rescale is None else rescale.contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     x_ready = _forward(kernels, x.to(dtype).contiguous(), perm_v, stages_v, rescale)
