@@ -332,15 +332,15 @@ static void from_float(float f, bfloat16& x) {
     x.bits = f != f ? 0x7fff : (w + 0x7fff + (w >> 16 & 1)) >> 16;
 }
 
-#if TYPE > 0
-static float lower(u32 w) { return TYPE == 1 ? emulation::from_half(w) : emulation::from_bfloat(w); }
+extern const int element;  // 1 for half, 2 for bfloat16, as TYPE; the header itself is the same for all
+static float lower(u32 w) { return element == 1 ? emulation::from_half(w) : emulation::from_bfloat(w); }
 static float upper(u32 w) { return lower(w >> 16); }
 static u32 subtract_pair(u32 a, u32 b) {
     half16 h[2];
     bfloat16 f[2];
     from_float(lower(a) - lower(b), h[0]), from_float(upper(a) - upper(b), h[1]);
     from_float(lower(a) - lower(b), f[0]), from_float(upper(a) - upper(b), f[1]);
-    return TYPE == 1 ? h[0].bits | h[1].bits << 16 : f[0].bits | f[1].bits << 16;
+    return element == 1 ? h[0].bits | h[1].bits << 16 : f[0].bits | f[1].bits << 16;
 }
 // mma.m16n8k16. Of A (16, 16) lane 4 g + t holds, in pairs, the rows g and g + 8 at k = 2 t, 2 t + 1, then at 8 more; of
 // B (16, 8) column g at the same k; of C (16, 8) the rows g and g + 8 at the columns 2 t, 2 t + 1.
@@ -356,4 +356,3 @@ static void multiply_tile_at(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, i
         }
 }
 #define multiply_tile(c, a, b0, b1) multiply_tile_at(c, a, b0, b1, __LINE__)
-#endif

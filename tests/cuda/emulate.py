@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 HEADER = Path(__file__).with_name("emulate.h")
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) if sys.platform == "linux" else None  # fibers are POSIX
 _folder = tempfile.TemporaryDirectory(prefix="quip-emulation-", ignore_cleanup_errors=True)
 
 
@@ -34,18 +35,26 @@ class Argument(ctypes.Structure):
 def compile_kernels(source: str, bits: int, dtype: torch.dtype):
     """A shared library of the kernels in a source (without `quip.cuda.DEVICE`), each as `run_NAME`."""
     names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
-    text = f"#define BITS {bits}\n#define TYPE {TYPES.index(dtype)}\n{HEADER.read_text()}\n#line 1\n{source}\n"
+    text = f'#include "{HEADER.name}"\n#define BITS {bits}\n#define TYPE {TYPES.index(dtype)}\n'
+    text += f"const int element = TYPE;\n#line 1\n{source}\n"
     text += "".join(f"EXPORT({name})\n" for name in names)
     stem = Path(_folder.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
     library = stem.with_suffix(".so")
     if not library.exists():
         stem.with_suffix(".cpp").write_text(text)
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
-        command = [COMPILER, *flags, str(stem.with_suffix(".cpp")), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise EmulationError(done.stderr[:2000])
+        _compile("-shared", str(stem.with_suffix(".cpp")), "-o", str(library))
     return ctypes.CDLL(str(library))
+
+
+def _compile(*arguments):
+    header = Path(_folder.name) / HEADER.name
+    if not header.exists():  # compiled once, which saves most of the time of all later compilations
+        shutil.copy(HEADER, header)
+        _compile("-x", "c++-header", str(header), "-o", f"{header}.gch")
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    done = subprocess.run([COMPILER, *flags, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(done.stderr[:2000])
 
 
 class Emulator:
