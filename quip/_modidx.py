@@ -44,6 +44,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'quip.cuda._check_transform': ('cuda.html#_check_transform', 'quip/cuda.py'),
                            'quip.cuda._check_weights': ('cuda.html#_check_weights', 'quip/cuda.py'),
                            'quip.cuda._dense': ('cuda.html#_dense', 'quip/cuda.py'),
+                           'quip.cuda._fetch': ('cuda.html#_fetch', 'quip/cuda.py'),
                            'quip.cuda._forward': ('cuda.html#_forward', 'quip/cuda.py'),
                            'quip.cuda._load': ('cuda.html#_load', 'quip/cuda.py'),
                            'quip.cuda._loaded': ('cuda.html#_loaded', 'quip/cuda.py'),

@@ -427,6 +427,13 @@ def _nvrtc():
         raise QuipError("NVRTC, the CUDA compiler, is not installed: pip install quip-llm[cuda]") from error
 
 
+def _fetch(size, get, program) -> bytes:
+    count = _succeed(size(program))
+    buffer = bytes(count + 8)  # NVRTC writes into it, so it must be none of the short ones that Python shares
+    _succeed(get(program, buffer))
+    return buffer[:count]
+
+
 def compile_kernels(
     bits: int,
     dtype: torch.dtype,
@@ -448,14 +455,11 @@ def compile_kernels(
     text = (DEVICE + source(dtype)).encode()
     program = _succeed(nvrtc.nvrtcCreateProgram(text, b"quip.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * _succeed(nvrtc.nvrtcGetProgramLogSize(program))
-    _succeed(nvrtc.nvrtcGetProgramLog(program, log))
-    log = log.rstrip(b"\0 ").decode()
+    log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
     if int(error):
         raise QuipError(f"NVRTC does not compile for {target}: {log.partition(chr(10))[0]}")
-    size, get = (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN) if native else (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
-    image = b" " * _succeed(size(program))
-    _succeed(get(program, image))
+    kind = "CUBIN" if native else "PTX"
+    image = _fetch(getattr(nvrtc, f"nvrtcGet{kind}Size"), getattr(nvrtc, f"nvrtcGet{kind}"), program)
     _succeed(nvrtc.nvrtcDestroyProgram(program))
     return image, log
 

@@ -478,6 +478,7 @@ def test_all_combinations_compile_within_the_budget(arch, dtype, bits):
 def test_a_processor_newer_than_the_compiler_gets_ptx():
     image, _ = cuda.compile_kernels(2, torch.float16, 999)
     assert b".target sm_" in image and b".entry multiply" in image
+    assert b" "[0] == 32 and bytes(1)[0] == 0  # Python shares them, and NVRTC writes into what it is given
 
 
 @compiles
