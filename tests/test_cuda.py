@@ -137,6 +137,21 @@ def test_multiply_and_unpack(emulate, bits):
 
 
 @emulated
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "bits"),
+    [
+        (576, 1536, torch.float16, 2),  # down_proj of SmolLM2-135M
+        pytest.param(40, 11008, torch.bfloat16, 3, marks=pytest.mark.slow),  # as wide as Llama 2's
+        pytest.param(40, 11008, torch.float32, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_shapes_of_real_layers(emulate, m, n, dtype, bits):
+    emulate(3)
+    args, exact, _ = random_layer(m, n, 1, bits, dtype, 0)
+    assert relative(cuda.linear(*args), exact) < TOLERANCE[dtype]
+
+
+@emulated
 def test_one_input_one_output(emulate):
     emulate(1)
     for bits in BITS:
