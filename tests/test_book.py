@@ -70,7 +70,9 @@ def test_one_notebook_a_module():
 
 def test_every_notebook_is_in_the_toc():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
-    files = {toc["root"]} | {chapter["file"] for part in toc["parts"] for chapter in part["chapters"]}
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    pages = chapters + [page for chapter in chapters for page in chapter.get("sections", [])]
+    files = {toc["root"]} | {page["file"] for page in pages}
     assert {f"book/{name}" for name in NOTEBOOKS} <= files
 
 

@@ -42,6 +42,7 @@ def third_party(path: Path, anywhere: bool) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module.partition(".")[0])
     installed = metadata.packages_distributions()
+    installed["cuda"] = ["cuda-bindings"]  # a name that several distributions share
     return {distribution(installed.get(name, [name])[0]) for name in names - sys.stdlib_module_names - {"quip"}}
 
 

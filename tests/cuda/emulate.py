@@ -1,0 +1,72 @@
+"""Compiles CUDA C++ against `emulate.h` and runs its kernels on CPU tensors."""
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HEADER = Path(__file__).with_name("emulate.h")
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) if sys.platform == "linux" else None  # fibers are POSIX
+_folder = tempfile.TemporaryDirectory(prefix="quip-emulation-", ignore_cleanup_errors=True)
+
+
+class EmulationError(AssertionError):
+    """What a kernel did wrong, and where."""
+
+
+class Argument(ctypes.Structure):
+    _fields_ = [("pointer", ctypes.c_void_p), ("bytes", ctypes.c_longlong), ("number", ctypes.c_double)]
+
+    @classmethod
+    def of(cls, value):
+        if isinstance(value, torch.Tensor):
+            return cls(value.data_ptr(), value.nbytes, 0)
+        return cls(None, 0, value or 0)
+
+
+def compile_kernels(source: str, bits: int, dtype: torch.dtype):
+    """A shared library of the kernels in a source (without `quip.cuda.DEVICE`), each as `run_NAME`."""
+    names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
+    text = f'#include "{HEADER.name}"\n#define BITS {bits}\n#define TYPE {TYPES.index(dtype)}\n'
+    text += f"const int element = TYPE;\n#line 1\n{source}\n"
+    text += "".join(f"EXPORT({name})\n" for name in names)
+    stem = Path(_folder.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    library = stem.with_suffix(".so")
+    if not library.exists():
+        stem.with_suffix(".cpp").write_text(text)
+        _compile("-shared", str(stem.with_suffix(".cpp")), "-o", str(library))
+    return ctypes.CDLL(str(library))
+
+
+def _compile(*arguments):
+    header = Path(_folder.name) / HEADER.name
+    if not header.exists():  # compiled once, which saves most of the time of all later compilations
+        shutil.copy(HEADER, header)
+        _compile("-x", "c++-header", str(header), "-o", f"{header}.gch")
+    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    done = subprocess.run([COMPILER, *flags, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(done.stderr[:2000])
+
+
+class Emulator:
+    """Stands in for what `quip.cuda` loads for a device: called with a kernel's name, a grid and its arguments."""
+
+    def __init__(self, source: str, bits: int, dtype: torch.dtype, seed: int = 0):
+        self.library, self.seed = compile_kernels(source, bits, dtype), seed
+
+    def __call__(self, name: str, grid: tuple[int, int], *args, threads: int = 256):
+        run = getattr(self.library, f"run_{name}")
+        run.restype = ctypes.c_char_p
+        values = (Argument * len(args))(*map(Argument.of, args))
+        message = run(*grid, threads, len(args), values, self.seed)
+        if message:
+            raise EmulationError(f"{name}: {message.decode()}")

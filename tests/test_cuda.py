@@ -1,0 +1,680 @@
+"""The CUDA kernels without a GPU: run on the CPU by an emulation that finds what is wrong, and compiled by NVRTC."""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import quip.cuda as cuda
+from quip.errors import QuipError
+from quip.incoherence import IdentityTransform, KroneckerTransform
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+from emulate import COMPILER, TYPES, EmulationError, Emulator
+
+emulated = pytest.mark.skipif(COMPILER is None, reason="the emulation needs a C++ compiler")
+BITS = (2, 3, 4)
+
+
+def naive_pack(codes, bits):
+    """The format bit by bit: a stream of low parts, and for 3 bits another of bits 2."""
+    m, n = codes.shape
+    groups, low = -(-n // 64), 4 if bits == 4 else 2
+    rows = [bytearray(groups * 8 * bits) for _ in range(m)]
+    for row, codes_of_row in zip(rows, codes.tolist(), strict=True):
+        for j, code in enumerate(codes_of_row):
+            for i in range(bits):
+                bit = low * j + i if i < low else groups * 8 * 2 * 8 + j
+                row[bit // 8] |= (code >> i & 1) << bit % 8
+    return torch.tensor([list(row) for row in rows], dtype=torch.uint8)
+
+
+def parts(transform):
+    names = [f"{side}{i}" for i in range(len(getattr(transform, "offsets", []))) for side in ("left", "right")]
+    return getattr(transform, "perm", None), [getattr(transform, name) for name in names]
+
+
+def random_layer(m, n, batch, bits, dtype, seed, transforms=True, extras=True):
+    """Arguments of `linear`, and what it should return, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (m, n), generator=g)
+    x, scale = torch.randn(batch, n, generator=g).to(dtype), torch.rand(1, generator=g) + 0.5
+    rescale = torch.rand(n, generator=g) + 0.5 if extras else None
+    bias = torch.randn(m, generator=g).to(dtype) if extras else None
+    make = KroneckerTransform if transforms else lambda n, seed, dtype: IdentityTransform(n)
+    V, U, Vd, Ud = (make(k, s, t) for t in (torch.float32, torch.float64) for k, s in ((n, 1), (m, 2)))
+    C = (2 * codes - (2**bits - 1)).double() / (2**bits - 1)
+    exact = Ud.inverse(Vd(x.double() / (1 if rescale is None else rescale)) @ C.T * scale)
+    exact = exact if bias is None else exact + bias.double()
+    args = (x, naive_pack(codes, bits), scale, bits, parts(V), parts(U), rescale, bias)
+    return args, exact, SimpleNamespace(C=C, V=V, U=U)
+
+
+@pytest.fixture
+def emulate(monkeypatch):
+    """Puts the emulation in the place of a device, with a seed for the order of threads and a capability."""
+
+    def put(seed=0, capability=80):
+        def load(device, bits, dtype):
+            return Emulator(cuda.source(dtype), bits, dtype, seed)
+
+        def arithmetic(dtype, device):
+            return torch.float32 if dtype == torch.bfloat16 and capability < 80 else dtype
+
+        monkeypatch.setattr(cuda, "_load", load)
+        monkeypatch.setattr(cuda, "_arithmetic", arithmetic)
+
+    return put
+
+
+def relative(y, exact):
+    return ((y.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@emulated
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    m=st.integers(1, 90),
+    n=st.one_of(st.integers(1, 90), st.integers(250, 330)),
+    batch=st.sampled_from([0, 1, 1, 2, 5, 8, 9, 16, 17]),
+    bits=st.sampled_from(BITS),
+    dtype=st.sampled_from(TYPES),
+    transforms=st.booleans(),
+    extras=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_layer_of_any_shape(emulate, m, n, batch, bits, dtype, transforms, extras, seed):
+    emulate(seed)
+    args, exact, _ = random_layer(m, n, batch, bits, dtype, seed, transforms, extras)
+    y = cuda.linear(*args)
+    assert y.shape == (batch, m) and y.dtype == dtype and torch.isfinite(y).all()
+    worst = (y.double() - exact).abs().max().item() if batch else 0
+    assert worst <= 4 * TOLERANCE[dtype] * (1 + exact.abs().max().item() if batch else 1)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_schedule_gives_the_same(emulate, bits, dtype):
+    # Nothing depends on who comes first, so not a bit may differ. 67 is a prime: two Kronecker stages on that side.
+    args, exact, _ = random_layer(67, 134, 9, bits, dtype, 0)
+    results = []
+    for seed in range(3):
+        emulate(seed)
+        results.append(cuda.linear(*args))
+    assert all(torch.equal(y, results[0]) for y in results)
+    assert relative(results[0], exact) < TOLERANCE[dtype]
+
+
+@emulated
+@pytest.mark.parametrize("dtype", TYPES)
+def test_error_is_at_most_twice_that_of_the_plain_form(emulate, dtype):
+    emulate(1)
+    (x, packed, scale, bits, v, u, rescale, bias), exact, layer = random_layer(96, 320, 8, 2, dtype, 3)
+    y = cuda.linear(x, packed, scale, bits, v, u, rescale, bias)
+    plain = layer.V.to(dtype)(x / rescale.to(dtype)) @ layer.C.to(dtype).T * scale.to(dtype)
+    plain = layer.U.to(dtype).inverse(plain) + bias
+    assert relative(y, exact) < 2 * relative(plain, exact)
+
+
+@emulated
+@pytest.mark.parametrize("bits", BITS)
+def test_multiply_and_unpack(emulate, bits):
+    emulate(2)
+    (x, packed, scale, *_), exact, layer = random_layer(21, 200, 3, bits, torch.float16, 5, False, False)
+    assert relative(cuda.multiply(x, packed, scale, bits), exact) < 1e-3
+    for dtype in TYPES:
+        assert torch.equal(cuda.unpack(packed, bits, 200, dtype), layer.C.float().to(dtype))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("m", "n", "dtype", "bits"),
+    [
+        (576, 1536, torch.float16, 2),  # down_proj of SmolLM2-135M
+        pytest.param(40, 11008, torch.bfloat16, 3, marks=pytest.mark.slow),  # as wide as Llama 2's
+        pytest.param(40, 11008, torch.float32, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_shapes_of_real_layers(emulate, m, n, dtype, bits):
+    emulate(3)
+    args, exact, _ = random_layer(m, n, 1, bits, dtype, 0)
+    assert relative(cuda.linear(*args), exact) < TOLERANCE[dtype]
+
+
+@emulated
+def test_one_input_one_output(emulate):
+    emulate(1)
+    for bits in BITS:
+        args, exact, _ = random_layer(1, 1, 1, bits, torch.float16, 0)
+        assert relative(cuda.linear(*args), exact) < 2e-3
+
+
+@emulated
+def test_bfloat16_on_sm_75_is_computed_in_float32(emulate):
+    emulate(1, capability=75)
+    for batch in (3, 17):
+        args, exact, _ = random_layer(24, 70, batch, 2, torch.bfloat16, 0)
+        y = cuda.linear(*args)
+        assert y.dtype == torch.bfloat16 and relative(y, exact) < TOLERANCE[torch.bfloat16]
+
+
+@emulated
+def test_strided_and_unaligned_inputs(emulate):
+    emulate(1)
+    (x, packed, scale, bits, (perm, V), u, rescale, bias), exact, _ = random_layer(24, 70, 3, 2, torch.float16, 0)
+    x = x.repeat_interleave(2, 1)[:, ::2]
+    buffer = torch.zeros(packed.numel() + 1, dtype=torch.uint8)
+    unaligned = buffer[1:].view_as(packed).copy_(packed)
+    V = [matrix.T.contiguous().T for matrix in V]
+    rescale, perm = rescale.repeat_interleave(2)[::2], perm.repeat_interleave(2)[::2]
+    y = cuda.linear(x, unaligned, scale, bits, (perm, V), u, rescale, bias.double())
+    assert relative(y, exact) < TOLERANCE[torch.float16]
+
+
+@emulated
+def test_no_outputs_or_no_vectors(emulate):
+    emulate(1)
+    args, _, _ = random_layer(5, 70, 0, 2, torch.float16, 0)
+    assert cuda.linear(*args).shape == (0, 5)
+    none = torch.zeros(0, cuda.row_bytes(70, 2), dtype=torch.uint8)
+    assert cuda.multiply(torch.ones(3, 70), none, torch.ones(1), 2).shape == (3, 0)
+    assert cuda.unpack(none, 2, 70, torch.float16).shape == (0, 70)
+
+
+@emulated
+def test_factors_too_wide_for_the_kernels_go_the_dense_way(emulate, monkeypatch):
+    emulate(1)
+    monkeypatch.setattr(cuda, "WIDEST", 4)
+    args, exact, _ = random_layer(24, 70, 3, 2, torch.float32, 0)
+    assert relative(cuda.linear(*args), exact) < 1e-5
+
+
+def test_limits_are_those_of_the_sources():
+    assert f"WARPS = {cuda.WARPS};" in cuda.COMMON
+    assert f"WIDEST = {cuda.WIDEST};" in cuda.KRONECKER
+
+
+# Planted bugs: each is one change of a source, and what the emulation must say of it.
+
+SORT = """
+KERNEL sort(PTR(real) out, PTR(const real) x, int n, int batch) {
+    real zero;
+    from_float(0, zero);
+    for (int j = threadIdx.x; j < padded_width(n); j += blockDim.x)
+        out[place(j, blockIdx.x, n, batch)] = j < n ? (real)x[blockIdx.x * n + j] : zero;
+}
+"""
+
+
+def run_multiply(source, dtype, bits=3, m=21, n=300, batch=9, seed=1):
+    (x, packed, scale, *_), exact, _ = random_layer(m, n, batch, bits, dtype, 0, False, False)
+    kernels = Emulator(cuda.COMMON + source + SORT, bits, dtype, seed)
+    width = n if dtype == torch.float32 else -(-n // 256) * 256
+    ready, z = torch.full((batch, width), torch.nan, dtype=dtype), torch.full((batch, m), torch.nan)
+    kernels("sort", (batch, 1), ready, x, n, batch)
+    tile = 4 if dtype == torch.float32 else 8
+    kernels("multiply", (-(-batch // tile), -(-m // 16)), z, ready, packed, scale, m, n, batch)
+    return relative(z, exact)
+
+
+def run_transform(source, n=42, batch=2, seed=1):
+    V, z = KroneckerTransform(n, 1), torch.randn(batch, n, generator=torch.Generator().manual_seed(0))
+    kernels = Emulator(cuda.COMMON + cuda.WARP + source, 2, torch.float32, seed)
+    y, (p, q), (perm, (L, R)) = torch.full_like(z, torch.nan), (len(V.left0), len(V.right0)), parts(V)
+    kernels("forward", (-(-q // 4), batch), y, z, perm, None, L, R, p, q, 0, n, batch)
+    back = torch.full_like(z, torch.nan)
+    kernels("backward", (-(-p // 4), batch), back, y, perm, None, L, R, p, q, 0, n, batch)
+    return max(relative(y, V(z).double()), relative(back, z.double()))
+
+
+def warp(source):
+    return run_multiply(source, torch.float32, n=700, batch=5)  # two tiles
+
+
+def tensor(source):
+    return run_multiply(source, torch.float16)
+
+
+def barrier(source, number):
+    """The source without one of its barriers."""
+    pieces = source.split("__syncthreads();")
+    return (
+        "__syncthreads();".join(pieces[:number])
+        + "__syncthreads();".join(["", *pieces[number:]])[len("__syncthreads();") :]
+    )
+
+
+BUGS = {
+    "warp: no barrier before the tile is overwritten": (
+        warp,
+        cuda.WARP,
+        1,
+        None,
+        "another thread reads|thread \\d+ writes|nobody has",
+    ),
+    "warp: no barrier after the tile is written": (warp, cuda.WARP, 2, None, "thread \\d+ writes|nobody has written"),
+    "warp: rows that do not exist": (warp, cuda.WARP, "first_row + r >= m || ", "", "of a buffer of"),
+    "warp: columns that do not exist": (warp, cuda.WARP, " || word * 16 >= n", "", "of a buffer of"),
+    "warp: x beyond its end": (warp, cuda.WARP, " && j < n", "", "of a buffer of"),
+    "warp: vectors that do not exist": (warp, cuda.WARP, " && first_vector + v < batch", "", "of a buffer of"),
+    "warp: several lanes write one output": (warp, cuda.WARP, "lane == 0 && ", "lane < 2 && ", "another thread's"),
+    "warp: an exchange that some lanes skip": (
+        warp,
+        cuda.WARP,
+        "for (int mask",
+        "if (lane) for (int mask",
+        "wait|ended",
+    ),
+    "warp: an exchange with the wrong lane": (warp, cuda.WARP, "mask = 16", "mask = 8", None),
+    "warp: a barrier that some threads skip": (
+        warp,
+        cuda.WARP,
+        "__syncthreads();  // nobody",
+        "if (warp) __syncthreads();  // nobody",
+        "barrier",
+    ),
+    "tensor: no barrier before the sums are added": (tensor, cuda.TENSOR, 1, None, "writes|nobody has written"),
+    "tensor: 16 bytes at odd multiples of 8": (
+        tensor,
+        cuda.TENSOR,
+        "if (BITS == 3) {  // an",
+        "if (0) {  // an",
+        "not aligned",
+    ),
+    "tensor: rows that do not exist": (tensor, cuda.TENSOR, "first_row + g + 8 * i < m && ", "", "of a buffer of"),
+    "tensor: groups that do not exist": (tensor, cuda.TENSOR, " && group * 64 < n", "", "of a buffer of"),
+    "tensor: outputs that do not exist": (
+        tensor,
+        cuda.TENSOR,
+        "if (row < m) z[",
+        "z[",
+        "of a buffer of|another thread's",
+    ),
+    "tensor: vectors that do not exist": (tensor, cuda.TENSOR, "if (g < vectors) v", "v", "of a buffer of"),
+    "tensor: rows exchanged": (tensor, cuda.TENSOR, "g + i / 2 * 8] = sum", "g + (1 - i / 2) * 8] = sum", None),
+    "tensor: a tensor instruction that not all lanes reach": (
+        tensor,
+        cuda.TENSOR,
+        "multiply_tile(sum",
+        "if (lane) multiply_tile(sum",
+        "ended|wait|lines",
+    ),
+    "kronecker: no barrier after the factor is loaded": (run_transform, cuda.KRONECKER, 1, None, "writes|nobody has"),
+    "kronecker: no barrier between the products": (run_transform, cuda.KRONECKER, 2, None, "writes|nobody has written"),
+    "kronecker: strips beyond the end": (
+        run_transform,
+        cuda.KRONECKER,
+        " && first + s < inner",
+        "",
+        "of a buffer of|another",
+    ),
+    "kronecker: factors beyond the end": (
+        run_transform,
+        cuda.KRONECKER,
+        "if (first + i >= inner) return 0.0f;",
+        "",
+        "of a buffer of",
+    ),
+    "kronecker: a lane too few in a sum": (
+        run_transform,
+        cuda.KRONECKER,
+        "TRANSPOSED ? 32 : 8); mask",
+        "TRANSPOSED ? 32 : 4); mask",
+        None,
+    ),
+}
+
+
+@emulated
+def test_without_a_bug_nothing_is_said():
+    assert warp(cuda.WARP) < 1e-6 and tensor(cuda.TENSOR) < 1e-6 and run_transform(cuda.KRONECKER) < 1e-6
+
+
+@emulated
+@pytest.mark.parametrize(("run", "source", "old", "new", "says"), BUGS.values(), ids=BUGS.keys())
+def test_planted_bug_is_found(run, source, old, new, says):
+    changed = barrier(source, old) if isinstance(old, int) else source.replace(old, new)
+    assert changed != source
+    if says is None:  # nothing forbidden, but wrong
+        assert not run(changed) < 1e-3
+    else:
+        with pytest.raises(EmulationError, match=says):
+            run(changed)
+
+
+# The emulation itself.
+
+TOY = """
+KERNEL copy(PTR(float) y, PTR(const float) x, int n) {
+    SHARED(float, buffer, 64);
+    int i = threadIdx.x;
+    buffer[i] = x[i];
+    __syncthreads();
+    y[i] = buffer[63 - i];
+}
+KERNEL halves(PTR(half16) h, PTR(bfloat16) b, PTR(const float) x, int n) {
+    for (int i = threadIdx.x; i < n; i += 64) {
+        half16 a;
+        bfloat16 c;
+        from_float(x[i], a), from_float(x[i], c);
+        h[i] = a, b[i] = c;
+    }
+}
+KERNEL floats(PTR(float) h, PTR(float) b, PTR(const half16) x, PTR(const bfloat16) y, int n) {
+    for (int i = threadIdx.x; i < n; i += 64) h[i] = to_float(x[i]), b[i] = to_float(y[i]);
+}
+KERNEL deadlock(PTR(float) y) {
+    if (threadIdx.x < 32) __syncthreads();
+    else y[threadIdx.x] = __shfl_xor_sync(~0u, 1.0f, threadIdx.x == 33 ? 1 : 2);
+    if (threadIdx.x >= 32) __syncthreads();
+}
+"""
+
+
+@emulated
+def test_emulation_runs_threads_that_exchange_through_shared_memory():
+    x, y = torch.arange(64.0), torch.zeros(64)
+    for seed in range(5):
+        Emulator(TOY, 2, torch.float32, seed)("copy", (1, 1), y, x, 64, threads=64)
+        assert torch.equal(y, x.flip(0))
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("    __syncthreads();\n    y", "    y", "barrier|nobody has written"),
+        ("buffer[63 - i]", "buffer[64 - i]", "entry 64 of shared buffer, which has 64"),
+        ("x[i];", "x[i + 1];", "element 64 of a buffer of 64"),
+        ("x[i];", "x[i - 1];", "element -1 of a buffer of 64"),
+        ("y[i] =", "y[i / 2] =", "another thread's"),
+        ("    y[i] =", "    if (i > 63 - i) buffer[0] = 1;\n    y[i] =", "no barrier between"),
+        (
+            "    __syncthreads();\n    y",
+            "    if (i) __syncthreads();\n    y",
+            "waits at the barrier|has ended|no barrier|nobody",
+        ),
+    ],
+)
+def test_emulation_finds(old, new, says):
+    assert old in TOY
+    for seed in (0, 1, 2):
+        with pytest.raises(EmulationError, match=says):
+            y = torch.zeros(64)
+            Emulator(TOY.replace(old, new, 1), 2, torch.float32, seed)(
+                "copy", (1, 1), y, torch.ones(64), 64, threads=64
+            )
+
+
+@emulated
+def test_emulation_reports_barriers_at_different_places():
+    with pytest.raises(EmulationError, match=r"at that of line|lines"):
+        Emulator(TOY, 2, torch.float32, 1)("deadlock", (1, 1), torch.zeros(64), threads=64)
+
+
+@emulated
+def test_emulated_halves_are_those_of_torch():
+    kernels = Emulator(TOY, 2, torch.float32)
+    bits = torch.arange(2**16).to(torch.uint16)
+    h, b = bits.view(torch.float16), bits.view(torch.bfloat16)
+    wide = torch.zeros(2**16), torch.zeros(2**16)
+    kernels("floats", (1, 1), *wide, h, b, 2**16, threads=64)
+    for ours, theirs in zip(wide, (h, b), strict=True):
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0, equal_nan=True)
+    # all exponents, halfway cases and both sides of them
+    x = torch.randint(-(2**31), 2**31, (2**15,), generator=torch.Generator().manual_seed(0)).int().view(torch.float32)
+    middle = (h.float()[:31743] + h.float()[1:31744]) / 2
+    x = torch.cat([x, middle, middle * (1 + 2**-20), middle * (1 - 2**-20), torch.tensor([0.0, -0.0, 65519.9, 65520])])
+    narrow = torch.zeros(len(x), dtype=torch.float16), torch.zeros(len(x), dtype=torch.bfloat16)
+    kernels("halves", (1, 1), *narrow, x, len(x), threads=64)
+    for y in narrow:
+        torch.testing.assert_close(y, x.to(y.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+# Compiling for GPUs.
+
+
+def nvrtc_version():
+    try:
+        return cuda._nvrtc()[1]
+    except QuipError:
+        return None
+
+
+compiles = pytest.mark.skipif(nvrtc_version() is None, reason="NVRTC is not installed")
+TARGETS = [(arch, dtype) for arch in (75, 80, 89, 90) for dtype in TYPES if arch >= 80 or dtype != torch.bfloat16]
+
+
+def check_budget(bits, dtype, arch):
+    """Three blocks of 256 threads on a multiprocessor: 80 registers a thread, 21 KB of shared memory, no spills."""
+    image, log = cuda.compile_kernels(bits, dtype, arch)
+    assert image[:4] == b"\x7fELF"
+    kernels = re.findall(r"entry function '(\w+)'", log)
+    assert {"forward", "forward_float", "forward_first", "backward", "backward_first", "multiply", "unpack"} == set(
+        kernels
+    )
+    for pattern, most in {
+        r"Used (\d+) registers": 80,
+        r"(\d+) bytes stack frame": 0,
+        r"(\d+) bytes spill stores": 0,
+        r"(\d+) bytes spill loads": 0,
+    }.items():
+        counts = [int(count) for count in re.findall(pattern, log)]
+        assert len(counts) == len(kernels) and max(counts) <= most, log
+    assert max(int(size) for size in re.findall(r"(\d+) bytes smem", log)) <= 21 * 1024
+
+
+@compiles
+@pytest.mark.parametrize("target", [(3, 0, 75), (2, 1, 75), (3, 2, 80), (4, 1, 89), (2, 2, 90)])
+def test_compiles_within_the_budget(target):
+    bits, dtype, arch = target
+    check_budget(bits, TYPES[dtype], arch)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("arch", "dtype"), TARGETS)
+def test_all_combinations_compile_within_the_budget(arch, dtype, bits):
+    check_budget(bits, dtype, arch)
+
+
+@compiles
+def test_a_processor_newer_than_the_compiler_gets_ptx():
+    image, _ = cuda.compile_kernels(2, torch.float16, 999)
+    assert b".target sm_" in image and b".entry multiply" in image
+    assert b" "[0] == 32 and bytes(1)[0] == 0  # Python shares them, and NVRTC writes into what it is given
+
+
+@compiles
+def test_what_does_not_compile_is_a_quip_error(monkeypatch):
+    with pytest.raises(QuipError, match="sm_70"):
+        cuda.compile_kernels(2, torch.float16, 70)
+    with pytest.raises(QuipError, match=r"bfloat16 kernel for sm_75"):
+        cuda.compile_kernels(2, torch.bfloat16, 75)
+    monkeypatch.setattr(cuda, "COMMON", "no C++")
+    with pytest.raises(QuipError, match=r"NVRTC does not compile for sm_80: quip\.cu"):
+        cuda.compile_kernels(2, torch.float16, 80)
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    """A cache folder of its own, and a compiler that counts."""
+    calls = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: (None, [13, 0]))
+    monkeypatch.setattr(cuda, "compile_kernels", lambda *a: (calls.append(a), (f"program {a}".encode(), "log"))[1])
+    return calls
+
+
+def test_cache_compiles_once(counted, tmp_path):
+    first = cuda.cached_kernels(2, torch.float16, 80)
+    assert cuda.cached_kernels(2, torch.float16, 80) == first and len(counted) == 1
+    assert [path.suffix for path in (tmp_path / "quip").iterdir()] == [".cubin"]
+
+
+def test_cache_key_has_all_that_matters(counted, monkeypatch):
+    for args in [(2, torch.float16, 80), (3, torch.float16, 80), (2, torch.bfloat16, 80), (2, torch.float16, 90)]:
+        assert cuda.cached_kernels(*args) == f"program {args}".encode()
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: (None, [13, 1]))
+    cuda.cached_kernels(2, torch.float16, 80)
+    monkeypatch.setattr(cuda, "DEVICE", cuda.DEVICE + " ")
+    cuda.cached_kernels(2, torch.float16, 80)
+    monkeypatch.setattr(cuda, "TENSOR", cuda.TENSOR + " ")
+    cuda.cached_kernels(2, torch.float16, 80)
+    assert len(counted) == 7
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:40] + b"x" + b[41:], lambda b: b""])
+def test_damaged_cache_file_is_compiled_anew(counted, tmp_path, damage):
+    good = cuda.cached_kernels(2, torch.float16, 80)
+    (path,) = (tmp_path / "quip").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(damage(content))
+    assert cuda.cached_kernels(2, torch.float16, 80) == good and len(counted) == 2
+    assert path.read_bytes() == content
+
+
+def test_without_a_folder_to_write_there_is_no_cache(counted, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert cuda.cached_kernels(2, torch.float16, 80)
+    assert len(counted) == 2
+
+
+# Where it cannot be used.
+
+
+@pytest.fixture
+def fresh_reason():
+    cuda.reason.cache_clear()
+    yield
+    cuda.reason.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device(fresh_reason):
+    assert cuda.available() is False
+    assert "\n" not in cuda.reason() and len(cuda.reason()) > 10
+
+
+def pretend(monkeypatch, capability=(8, 0), hip=None):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(cuda, "_capability", lambda device: 10 * capability[0] + capability[1])
+
+
+def test_reasons(fresh_reason, monkeypatch):
+    def reason(**changes):
+        cuda.reason.cache_clear()
+        pretend(monkeypatch, **changes)
+        return cuda.reason()
+
+    assert "ROCm" in reason(hip="6.0")
+    assert "a card is sm_70" in reason(capability=(7, 0))
+    monkeypatch.setattr(cuda, "_loaded", lambda *a: None)
+    assert reason() == "" and cuda.available()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(cuda, "_loaded", lambda *a: cuda.cached_kernels(2, torch.float16, 80))
+    assert "pip install quip-llm[cuda]" in reason()
+
+    def broken(*a):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(cuda, "_loaded", broken)
+    assert reason() == "two lines"
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert cuda.reason() == "two lines"
+
+
+def test_tensors_must_be_on_a_cuda_device():
+    args, _, _ = random_layer(5, 70, 1, 2, torch.float16, 0)
+    for run in (lambda: cuda.linear(*args), lambda: cuda.unpack(args[1], 2, 70, torch.float16)):
+        with pytest.raises(QuipError, match="CUDA device, got x on cpu"):
+            run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x": torch.ones(2, 70, dtype=torch.float64)}, "x must be float32"),
+        ({"x": torch.ones(70)}, "x must be"),
+        ({"x": torch.ones(2, 65 + 64)}, "2-bit weights of 129 inputs"),
+        ({"x": torch.ones(2, 0), "qweight": torch.ones(5, 0, dtype=torch.uint8)}, "weights of 0 inputs"),
+        ({"bits": 5}, "bits must be"),
+        ({"bits": 3}, "3-bit weights of 70 inputs must be uint8"),
+        ({"qweight": torch.zeros(5, 32)}, "uint8"),
+        ({"qweight": torch.zeros(5, 32, 1, dtype=torch.uint8)}, "uint8"),
+        ({"scale": torch.ones(2)}, "one float32"),
+        ({"scale": torch.ones(1, dtype=torch.float64)}, "one float32"),
+        ({"scale": torch.ones(1, device="meta")}, "all must be on cpu"),
+        ({"v": (None, [torch.eye(7)])}, "no, two or four factors"),
+        ({"v": (None, [torch.eye(7), torch.eye(9)])}, "make up its width 70"),
+        ({"v": (None, [torch.eye(7), torch.ones(10, 9)])}, "factors of V"),
+        ({"v": (None, [torch.eye(7).half(), torch.eye(10).half()])}, "factors of V must be float32"),
+        ({"v": (None, [torch.eye(7), torch.eye(9), torch.eye(9), torch.eye(9)])}, "make up its width"),
+        ({"v": (torch.arange(69), [])}, "permutation of V"),
+        ({"v": (torch.arange(70).int(), [])}, "permutation of V"),
+        ({"u": (torch.arange(70), [])}, "permutation of U"),
+        ({"u": (None, [torch.eye(5), torch.eye(1, device="meta")])}, "factors of U"),
+        ({"rescale": torch.ones(5)}, "rescale"),
+        ({"rescale": torch.ones(70, device="meta")}, "all must be on cpu"),
+        ({"bias": torch.ones(70)}, "bias"),
+        ({"bias": torch.ones(5).int()}, "bias"),
+    ],
+)
+def test_what_does_not_fit_is_a_quip_error(changes, says):
+    names = ("x", "qweight", "scale", "bits", "v", "u", "rescale", "bias")
+    args, _, _ = random_layer(5, 70, 2, 2, torch.float32, 0)
+    with pytest.raises(QuipError, match=says):
+        cuda.linear(**{**dict(zip(names, args, strict=True)), **changes})
+
+
+def test_arguments_of_a_launch(monkeypatch):
+    """What the driver gets: checked with a driver of ours, which reads it as the real one does."""
+    launched = []
+
+    def launch(function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
+        pointers = (ctypes.c_void_p * 4).from_address(parameters)
+        types = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+        values = [t.from_address(p).value for t, p in zip(types, pointers, strict=True)]
+        launched.append((function, (gx, gy, gz), (bx, by, bz), stream, values))
+        return (0,)
+
+    stack = []
+    driver = SimpleNamespace(
+        cuDeviceGet=lambda index: (0, ("device", index)),
+        cuDevicePrimaryCtxRetain=lambda device: (0, ("context", device)),
+        cuCtxPushCurrent=lambda context: (stack.append(context), (0,))[1],
+        cuCtxPopCurrent=lambda: (0, stack.pop()),
+        cuModuleLoadData=lambda image: (0, image),
+        cuModuleGetFunction=lambda module, name: (0, (module, name)),
+        cuLaunchKernel=launch,
+    )
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
+    kernels, x = cuda._Kernels(torch.device("cuda", 1), b"program"), torch.ones(3)
+    kernels("multiply", (2, 3), x, None, -4, 0.5)
+    assert launched == [((b"program", b"multiply"), (2, 3, 1), (256, 1, 1), 77, [x.data_ptr(), None, -4, 0.5])]
+    assert stack == [] and kernels.context == ("context", ("device", 1))
+
+
+def test_an_error_of_the_driver_is_a_quip_error():
+    class Code(int):
+        name = "CUDA_ERROR_NO_BINARY_FOR_GPU"
+
+    with pytest.raises(QuipError, match="CUDA says CUDA_ERROR_NO_BINARY_FOR_GPU"):
+        cuda._succeed((Code(209),))

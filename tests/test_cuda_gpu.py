@@ -1,0 +1,66 @@
+"""The CUDA kernels on a GPU. On a machine without one, all of these are skipped."""
+
+import pytest
+import torch
+from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
+
+import quip.cuda as cuda
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason=cuda.reason() or "available")]
+
+
+def to(value, device="cuda"):
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(v, device) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (67, 134), (576, 1536), (1000, 1000)])
+def test_layer(m, n, bits, dtype):
+    for batch in (1, 3, 8, 16, 17, 100):
+        args, exact, _ = random_layer(m, n, batch, bits, dtype, 0)
+        y = cuda.linear(*to(args)).cpu()
+        assert y.dtype == dtype and torch.isfinite(y).all()
+        assert relative(y, exact) < 4 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_multiply_and_unpack(bits, dtype):
+    (x, packed, scale, *_), exact, layer = random_layer(100, 333, 5, bits, dtype, 0, False, False)
+    assert relative(cuda.multiply(*to((x, packed, scale)), bits).cpu(), exact) < TOLERANCE[dtype]
+    assert torch.equal(cuda.unpack(packed.cuda(), bits, 333, dtype).cpu(), layer.C.float().to(dtype))
+
+
+def test_on_a_stream_of_its_own():
+    args, exact, _ = random_layer(576, 576, 1, 2, torch.float16, 0)
+    args, stream = to(args), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = cuda.linear(*args)
+    stream.synchronize()
+    assert relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
+
+
+def test_in_a_cuda_graph():
+    args, exact, _ = random_layer(576, 576, 1, 2, torch.float16, 0)
+    args = to(args)
+    cuda.linear(*args)  # compiles and loads
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda.linear(*args)
+    args[0].mul_(2)
+    graph.replay()
+    args[0].div_(2)
+    assert not torch.equal(y, cuda.linear(*args))
+    graph.replay()
+    assert relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_on_another_device():
+    args, exact, _ = random_layer(64, 64, 1, 2, torch.float16, 0)
+    y = cuda.linear(*to(args, "cuda:1"))
+    assert y.device.index == 1 and relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
