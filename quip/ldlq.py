@@ -99,9 +99,9 @@ def feedback_round(
     """
     _check_feedback(W, U, start, leaf)
     Ut = U.T.contiguous()
-    Wt = torch.cat([rows.T for rows in W.split(64)], 1)  # columns of W as rows, copied in strips for the cache
+    Wt = W.T if W.T.is_contiguous() else torch.cat([rows.T for rows in W.split(64)], 1)  # in strips, for the cache
     T = Wt.clone()  # what is to be rounded; once it has been, its place holds Ŵ
-    E = Wt if start is None else Wt - start.T  # W − Ŵ; without start nobody reads it sooner, so W may lie there
+    E = torch.zeros_like(Wt) if start is None else Wt - start.T  # W − Ŵ
     w, t, e = (x.unbind(0) for x in (Wt, T, E))  # lists of columns: a slice a step would cost more than its sum
 
     def sweep(i: int, j: int) -> None:
