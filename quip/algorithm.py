@@ -82,8 +82,10 @@ def search_range(
     rhos = 4 ** (torch.arange(last + 1, dtype=W.dtype, device=W.device) / 23)
     scales = rhos * rms
     W = W[torch.linspace(0, len(W) - 1, min(rows, len(W))).round().long()]
-    codes = rounder(torch.cat([to_grid(W, s, bits) for s in scales]), 2**bits - 1)
-    E = torch.stack([from_grid(c, s, bits) - W for c, s in zip(codes.chunk(len(scales)), scales, strict=True)])
+    grids = scales[:, None, None]
+    targets = to_grid(W, grids, bits)  # (grids, rows, n)
+    codes = rounder(targets.flatten(0, 1), 2**bits - 1)
+    E = from_grid(codes.view(targets.shape), grids, bits) - W
     loss = ((E @ H.to(E.dtype)) * E).sum((1, 2))
     return rhos[loss.argmin()].item()
 

@@ -148,9 +148,10 @@ def layer_report(
     W_, H_ = q.basis.enter(W, damped)
     (_, D, _), (U, D_, columns) = (ordered_ldl(X, q.settings["order"]) for X in (damped, H_))
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    inverse = torch.linalg.solve_triangular(U + eye, eye, upper=True, unitriangular=True)[:, columns.argsort()]
-    added = q.basis.V.inverse(inverse) / (1.0 if q.basis.rescale is None else q.basis.rescale)
-    trace = D_.sum() - (damped - H)[0, 0] * added.square().sum()  # the loss without what damping charges
+    added = torch.linalg.solve_triangular(U + eye, eye, upper=True, unitriangular=True)
+    if q.basis.rescale is not None:  # V and an order of columns, which are orthogonal, leave its norm alone
+        added = q.basis.V.inverse(added[:, columns.argsort()]) / q.basis.rescale
+    trace = D_.sum() - (damped[0, 0] - H[0, 0]) * added.square().sum()  # the loss without what damping charges
     step, energy = 2 * q.scale / (2**q.bits - 1), proxy_loss(torch.zeros_like(W), W, H)
     return {
         "mu_weights": [mu_weights(X) for X in (W, W_)] if W.any() else None,

@@ -65,16 +65,17 @@ def damp_to_definite(
     if not 0 <= alpha < float("inf"):
         raise QuipError(f"{name}: the damping alpha must be 0 or a positive number, got {alpha}")
     H = H.double()
+    first = damp(H, alpha, center)
     v = H @ H.sum(1)
     largest = (v @ H @ v) / (v @ v) if v.any() else 0.0  # a Rayleigh quotient: at most the largest eigenvalue
-    lifted = H + INDEFINITE * largest * torch.eye(len(H), dtype=H.dtype, device=H.device)
-    hides = (damp(H, alpha, center) - H)[0, 0] >= INDEFINITE * largest  # so much damping could hide an indefinite H
-    if hides and torch.linalg.cholesky_ex(lifted)[1]:
-        _eigenvalue_range(H, name)
+    if first[0, 0] - H[0, 0] >= INDEFINITE * largest:  # so much damping could hide an indefinite H
+        lifted = H + INDEFINITE * largest * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        if torch.linalg.cholesky_ex(lifted)[1]:
+            _eigenvalue_range(H, name)
     more = [alpha * 10.0**k for k in range(1, 16)] if alpha else [10.0**k for k in range(-6, 1)]
     words = ""
     for tried in [alpha, *(a for a in more if a <= 1)]:
-        damped = damp(H, tried, center)
+        damped = first if tried == alpha else damp(H, tried, center)
         if not torch.linalg.cholesky_ex(damped)[1]:
             return damped, tried
         words = words or _eigenvalue_range(H, name)
@@ -97,7 +98,8 @@ def feedback_round(
     diagonal).
     """
     _check_feedback(W, U, start, leaf)
-    Wt, Ut = W.T.contiguous(), U.T.contiguous()  # a column of W is a contiguous row here
+    Ut = U.T.contiguous()
+    Wt = W.T if W.T.is_contiguous() else torch.cat([rows.T for rows in W.split(64)], 1)  # in strips, for the cache
     T = Wt.clone()  # what is to be rounded; once it has been, its place holds Ŵ
     E = torch.zeros_like(Wt) if start is None else Wt - start.T  # W − Ŵ
     w, t, e = (x.unbind(0) for x in (Wt, T, E))  # lists of columns: a slice a step would cost more than its sum
