@@ -9,7 +9,7 @@ __all__ = ['GROUP', 'LONG', 'packed_width', 'stream', 'unstream', 'pack', 'unpac
 # %% ../book/09_kernels.ipynb #kernels-12
 import torch
 
-from . import cpu
+from . import cpu, cuda
 from .algorithm import QuantizedMatrix
 from .errors import QuipError
 from .incoherence import kronecker_transform, make_transform
@@ -101,6 +101,8 @@ def linear(
 ) -> torch.Tensor:
     """`y = Uᵀ (s C) V D̃⁻¹ x + b`, of shape (batch, m), by the fastest program that takes these tensors; :eq:`inference`."""
     tensors = qweight, scale, bits, rescale, bias, v_perm, v_factors, u_perm, u_factors
+    if x.is_cuda and cuda.available():
+        return cuda.linear(x, qweight, scale, bits, (v_perm, v_factors), (u_perm, u_factors), rescale, bias)
     if not cpu.can_run(x, *tensors) or (len(x) >= LONG and cpu.backend() == "portable"):
         return linear_torch(x, *tensors)
     return cpu.linear(x.contiguous(), *tensors)

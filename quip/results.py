@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quip import bounds, data, evaluate, models
+from quip import bench, bounds, cpu, data, evaluate, models
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
-from quip.cli import fail, pick_device, quiet_transformers, show_own_warnings
+from quip.cli import fail, pick_device, print_rows, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
 from quip.incoherence import KroneckerTransform, mu_weights
 from quip.layers import save_layers
@@ -45,9 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--bits", type=int, nargs="+", default=[2, 3, 4], help="of defaults and perplexity (default: 2 3 4)"
-    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of all but layers (default: 2 3 4)")
     parser.add_argument("--every", type=int, default=5, metavar="N", help="of defaults: one block in N (default: 5)")
     parser.add_argument("--variants", nargs="+", default=["default"], help=f"of perplexity: {', '.join(VARIANTS)}")
     parser.add_argument("--max-tokens", type=int, default=12288, help="of perplexity (default: 12288)")
@@ -295,6 +293,30 @@ def recorded_rows(path: str, about: dict) -> list[dict]:
     return record["rows"]
 
 
+def run_kernels(args: argparse.Namespace) -> None:
+    """Speed of packed layers on one thread of the CPU beside dense ones, weights streamed from memory"""
+    torch.set_num_threads(1)
+    about = {"command": args.command, **provenance(torch.device("cpu")), "backend": cpu.backend(), "threads": 1}
+    rows = list(print_rows(bench.bench_kernels(widths=args.bits, batches=(1, 8, 32, 128))))
+    write_record(args.out or "book/results/kernels.json", {"about": about, "rows": rows})
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Tokens a second of --model quantized (calibrated on --samples), beside --model in bfloat16, batch 1"""
+    model, tokenizer, samples, about = calibrated(args)
+    about |= {"backend": cpu.backend(), "threads": torch.get_num_threads()}
+    compared = {f"{args.model}, bfloat16": copy.deepcopy(model).bfloat16()}
+    for bits in args.bits:
+        copied = copy.deepcopy(model)
+        models.quantize_model(copied, samples, bits, args.seed, passes=0)
+        for dtype in (torch.bfloat16, torch.float32):
+            name = f"{bits} bits, {str(dtype).removeprefix('torch.')}"
+            compared[name] = copy.deepcopy(copied).to(dtype)
+    prompt = "The three states of matter are"
+    rows = list(print_rows(bench.bench_generate(compared, tokenizer, prompt, tokens=48, repeats=5)))
+    write_record(args.out or "book/results/generate.json", {"about": about | {"prompt": prompt}, "rows": rows})
+
+
 def write_record(path: str, record: dict) -> None:
     """Write a record as JSON, its figures to four digits, all at once or not at all."""
 
@@ -321,6 +343,8 @@ EXPERIMENTS = {
     "example-layers": run_example_layers,
     "defaults": run_defaults,
     "perplexity": run_perplexity,
+    "kernels": run_kernels,
+    "generate": run_generate,
 }
 
 if __name__ == "__main__":
