@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from time import perf_counter
 
 import torch
@@ -134,7 +134,12 @@ def random_layers(m: int, n: int, bits: int, seed: int, device: torch.device) ->
 
 
 def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: torch.device) -> dict[object, float]:
-    """Seconds a call of each kind, its functions called one after the other; the least of `repeats` rounds."""
+    """Seconds a call of each kind, its functions called one after the other; the least of `repeats` rounds.
+
+    Every function is called once before, since a layer's first call prepares the others.
+    """
+    for function in chain.from_iterable(what.values()):
+        function()
     calls = {kind: cycle(functions) for kind, functions in what.items()}
     best = dict.fromkeys(what, float("inf"))
     for _ in range(repeats):
