@@ -304,17 +304,19 @@ def run_kernels(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     """Tokens a second of --model quantized (calibrated on --samples), beside --model in bfloat16, batch 1"""
     model, tokenizer, samples, about = calibrated(args)
-    about |= {"backend": cpu.backend(), "threads": torch.get_num_threads()}
     compared = {f"{args.model}, bfloat16": copy.deepcopy(model).bfloat16()}
     for bits in args.bits:
         copied = copy.deepcopy(model)
-        models.quantize_model(copied, samples, bits, args.seed, passes=0)
-        for dtype in (torch.bfloat16, torch.float32):
-            name = f"{bits} bits, {str(dtype).removeprefix('torch.')}"
-            compared[name] = copy.deepcopy(copied).to(dtype)
-    prompt = "The three states of matter are"
-    rows = list(print_rows(bench.bench_generate(compared, tokenizer, prompt, tokens=48, repeats=5)))
-    write_record(args.out or "book/results/generate.json", {"about": about | {"prompt": prompt}, "rows": rows})
+        models.quantize_model(copied, samples, bits, args.seed, passes=0)  # the codes make no difference to the speed
+        for dtype in ("bfloat16", "float32"):
+            compared[f"{bits} bits, {dtype}"] = copy.deepcopy(copied).to(getattr(torch, dtype))
+    about |= {"backend": cpu.backend(), "prompt": "The three states of matter are"}
+    rows = []
+    for threads in sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        measured = bench.bench_generate(compared, tokenizer, about["prompt"], tokens=48, repeats=5)
+        rows += print_rows({"threads": threads, **row} for row in measured)
+    write_record(args.out or "book/results/generate.json", {"about": about, "rows": rows})
 
 
 def write_record(path: str, record: dict) -> None:

@@ -1,17 +1,19 @@
 """Packed codes and the quantized layer: nothing is lost in packing, and the layer is the dense one."""
 
 import copy
+import pickle
 from itertools import product
 
 import pytest
 import torch
-from conftest import random_codes
+from conftest import random_codes, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quip.algorithm import QuantizedMatrix, quantize_matrix
 from quip.errors import QuipError
-from quip.kernels import QuantizedLinear, pack, packed_width, unpack
+from quip.kernels import QuantizedLinear, linear_op, linear_torch, pack, packed_width, unpack
+from quip.models import quantize_model
 
 BITS = (2, 3, 4)
 HALF = (torch.float16, torch.bfloat16)
@@ -226,3 +228,83 @@ def test_running_before_build_is_an_error():
 def test_other_widths_are_an_error(bits):
     with pytest.raises(QuipError, match=f"bits must be 2, 3 or 4, got {bits!r}"):
         QuantizedLinear(8, 8, bits)
+
+
+# in torch
+
+
+def arguments(**kwargs):
+    layer, _ = random_layer(**kwargs)
+    return (inputs(40, 3), *layer.tensors())
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_operation_is_registered_soundly(rescale):
+    x, *tensors = arguments(rescale=rescale)
+    torch.library.opcheck(linear_op, (x, *tensors))
+    torch.library.opcheck(linear_op, (x.clone().requires_grad_(), *tensors), test_utils="test_aot_dispatch_static")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantized_model_compiles_without_a_break(dtype):
+    model = tiny_llama(hidden_size=64, intermediate_size=96)
+    quantize_model(model, torch.randint(256, (8, 64), generator=torch.Generator().manual_seed(0)), 2, progress=False)
+    model = model.to(dtype)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(ids, use_cache=False).logits, expected.double()) < 0.02
+
+
+@pytest.mark.parametrize("change", ["codes in place", "other codes", "another bias", "a moved buffer", "type"])
+def test_a_prepared_call_is_made_anew_when_a_tensor_is_another(change):
+    layer, _ = random_layer()
+    x = inputs(40, 3)
+    layer(x)
+    before = layer(x)
+    if change == "codes in place":
+        layer.qweight.fill_(0b01010101)
+    elif change == "other codes":
+        layer.qweight = torch.full_like(layer.qweight, 0b01010101)
+    elif change == "another bias":
+        layer.bias = layer.bias + 1
+    elif change == "a moved buffer":
+        layer.qweight.data = torch.full_like(layer.qweight, 0b01010101)
+    else:
+        layer.to(torch.bfloat16)
+        assert layer.bias.dtype == torch.bfloat16 and layer.scale.dtype == torch.float32
+    y = layer(x)
+    expected = linear_torch(x, *layer.tensors())
+    assert relative_error(y, expected.double()) < 2e-4
+    assert not torch.equal(y, before)
+
+
+def test_a_layer_that_has_run_can_be_pickled():
+    layer, _ = random_layer()
+    x = inputs(40, 3)
+    layer(x)
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(x), layer(x))
+
+
+def test_inputs_of_any_strides():
+    layer, _ = random_layer()
+    x = inputs(3, 40).T
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_inputs_of_another_width_are_an_error():
+    layer, _ = random_layer()
+    layer(inputs(40, 3))
+    with pytest.raises(QuipError, match=r"x \(3, 41\) does not fit a layer of 40 inputs"):
+        layer(inputs(41, 3))
+
+
+def test_scale_and_rescale_stay_float32_in_a_half_precision_layer():
+    layer, dense = random_layer(m=96, n=120, rescale=True)
+    x = inputs(120, 5)
+    before = {name: layer.state_dict()[name].clone() for name in ("scale", "rescale")}
+    layer.half()
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
+    assert relative_error(layer.float()(x), dense(x.double())) < 2e-3  # only the bias was rounded
