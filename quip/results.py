@@ -297,7 +297,7 @@ def run_kernels(args: argparse.Namespace) -> None:
     """Speed of packed layers on one thread of the CPU beside dense ones, weights streamed from memory"""
     torch.set_num_threads(1)
     about = {"command": args.command, **provenance(torch.device("cpu")), "backend": cpu.backend(), "threads": 1}
-    rows = list(print_rows(bench.bench_kernels(widths=args.bits, batches=(1, 8, 32, 128), repeats=5)))
+    rows = list(print_rows(bench.bench_kernels(widths=args.bits, batches=(1, 8, 32), repeats=4)))
     write_record(args.out or "book/results/kernels.json", {"about": about, "rows": rows})
 
 
