@@ -27,7 +27,7 @@ def stream(
     fields: torch.Tensor,  # (m, n), integers 0 … 2^size − 1; n a multiple of 8
     size: int,
 ) -> torch.Tensor:
-    """Fields of 1, 2 or 4 bits, packed `(m, n·size/8)` uint8: field j is at bit `size·j` of its row; :eq:`packing-byte`."""
+    """Fields of 1, 2 or 4 bits, packed `(m, n·size/8)` uint8: field j at bit `size·j` of a row; :eq:`packing-byte`."""
     shifts = torch.arange(0, 8, size, dtype=torch.uint8, device=fields.device)
     parts = fields.to(torch.uint8).unflatten(1, (-1, 8 // size)) << shifts
     return parts.sum(-1, dtype=torch.uint8)  # disjoint bits: the sum is an or
@@ -70,12 +70,12 @@ def unpack(
 
 # %% ../book/09_kernels.ipynb #kernels-40
 def centred(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """Codes as C̄, odd multiples of 2^−bits between −1 and 1: exact in every floating-point type; :eq:`centred-codes`."""
+    """Codes as C̄, odd multiples of 2^−bits between −1 and 1: exact in every type of floats; :eq:`centred-codes`."""
     return codes.to(dtype).mul_(2.0 ** (1 - bits)).sub_(1 - 2.0**-bits)
 
 
 def linear_torch(x, qweight, scale, bits, rescale, bias, v_perm, v_factors, u_perm, u_factors) -> torch.Tensor:
-    """`linear` in pure torch, on any device and in any type: at every call the codes are unpacked into a dense matrix."""
+    """`linear` in pure torch, on any device, in any type: at every call the codes are unpacked into a dense matrix."""
     z = x if rescale is None else x / rescale.to(x.dtype)
     z = kronecker_transform(z, v_perm, v_factors)
     y = torch.nn.functional.linear(z, centred(unpack(qweight, bits, x.shape[-1]), bits, x.dtype))
@@ -99,7 +99,7 @@ def linear(
     u_perm: torch.Tensor | None,
     u_factors: list[torch.Tensor],
 ) -> torch.Tensor:
-    """`y = Uᵀ (s C) V D̃⁻¹ x + b`, of shape (batch, m), by the fastest program that takes these tensors; :eq:`inference`."""
+    """`y = Uᵀ (s C) V D̃⁻¹ x + b`, of shape (batch, m), by the fastest program for these tensors; :eq:`inference`."""
     tensors = qweight, scale, bits, rescale, bias, v_perm, v_factors, u_perm, u_factors
     if x.is_cuda and cuda.available():
         return cuda.linear(x, qweight, scale, bits, (v_perm, v_factors), (u_perm, u_factors), rescale, bias)
@@ -139,8 +139,17 @@ def linear_backward(ctx, g: torch.Tensor):  # (batch, m)
     """The gradient of x, `D̃⁻¹ Vᵀ (s C)ᵀ U g`."""
     qweight, scale, bits, rescale, _, v_perm, v_factors, u_perm, u_factors = ctx.tensors
     g = kronecker_transform(g, u_perm, u_factors) * (scale / (1 - 2.0**-bits)).to(g.dtype)
-    g = kronecker_transform(g @ centred(unpack(qweight, bits, ctx.width), bits, g.dtype), v_perm, v_factors, inverse=True)
-    return (g if rescale is None else g / rescale.to(g.dtype), *[None] * 5, None, [None] * len(v_factors), None, [None] * len(u_factors))
+    g = kronecker_transform(
+        g @ centred(unpack(qweight, bits, ctx.width), bits, g.dtype), v_perm, v_factors, inverse=True
+    )
+    return (
+        g if rescale is None else g / rescale.to(g.dtype),
+        *[None] * 5,
+        None,
+        [None] * len(v_factors),
+        None,
+        [None] * len(u_factors),
+    )
 
 
 linear_op.register_autograd(linear_backward, setup_context=save_for_backward)
@@ -208,7 +217,7 @@ class QuantizedLinear(torch.nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        """Move to another device or type; but scale, D̃ and transforms stay float32, as a rounded scale ruins a layer."""
+        """Move to another device or type; but scale, D̃ and transforms stay float32: a rounded scale ruins a layer."""
         exact = [(m, name, x) for m in self.modules() for name, x in m.named_buffers(recurse=False) if name != "bias"]
         super()._apply(fn, recurse)
         for module, name, x in exact:

@@ -2,7 +2,10 @@
 
 import ast
 import importlib
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -79,3 +82,20 @@ def test_constraints_pin_exactly():
 
 def test_package_itself_pins_nothing():
     assert not [requirement for requirement in PROJECT["dependencies"] if "==" in requirement]
+
+
+@pytest.mark.skipif(platform.system() == "Windows", reason="no kernel is built there")
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_an_install_without_a_working_compiler_goes_on_without_the_kernel(compiler, tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "quip"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    environment = os.environ | {"CC": compiler, "CXX": compiler, "LDSHARED": compiler}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert 'building extension "quip._cpu" failed' in ended.stdout + ended.stderr
+    assert not list((tmp_path / "quip").glob("*.so"))
