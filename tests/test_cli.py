@@ -38,7 +38,7 @@ def test_quantize_info_eval_generate(quantize, model_folder, text_file, tmp_path
     layer = info["layers"]["model.layers.0.mlp.up_proj"]
     # 88 rows of 6 groups of 2 bytes, a float32 scale, four int64 of seeds and fingerprints
     assert layer["shape"] == [88, 48]
-    assert layer["bits_per_weight"] == pytest.approx(8 * (88 * 12 + 4 + 32) / (88 * 48))
+    assert layer["bits_per_weight"] == pytest.approx(8 * (88 * 16 + 4 + 32) / (88 * 48))
     assert 0 < layer["relative_proxy_loss"] < 1
     assert 0 < layer["predicted_loss"] < 1
     for key in ("mu_weights", "mu_hessian", "trace_ratio"):

@@ -100,7 +100,7 @@ def test_a_heavy_row_is_for_u_and_h_does_not_know_u():
 @example(1, 1, 2, True)
 @example(3, 9, 3, False)
 def test_bytes_stored_are_those_of_the_formula(m, n, bits, rescale):
-    expected = m * bits * math.ceil(n / 8) + 4 + 32 + 4 * n * rescale
+    expected = 8 * m * bits * math.ceil(n / 64) + 4 + 32 + 4 * n * rescale
     file = safetensors.torch.save(QuantizedLinear(n, m, bits, rescale=rescale).state_dict())
     assert len(file) - 8 - int.from_bytes(file[:8], "little") == expected
 
