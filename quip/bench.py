@@ -109,6 +109,8 @@ def bench_kernels(
                         "ratio_bf16": times[torch.bfloat16] / times["ours"],
                         "error": layer_error(function, layers[0], x[:1], stage),
                     }
+            del layers
+        del dense
 
 
 def stages(bits: int, device: torch.device) -> dict[str, Callable]:

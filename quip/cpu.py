@@ -7,7 +7,6 @@ import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
-from operator import is_
 
 import torch
 
@@ -51,6 +50,8 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         return None, "it was not built; installing quip where there is a C++ compiler, GCC or Clang, builds it"
     try:
         lib = ctypes.CDLL(spec.origin)
+        if lib.quip_layer_size() != ctypes.sizeof(Layer):
+            return None, "it was built from another version of its source: install quip again"
         lib.quip_backends.restype = lib.quip_backend.restype = ctypes.c_char_p
         lib.quip_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
         lib.quip_multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
@@ -94,16 +95,22 @@ def use(name: str) -> None:
 class Call:
     """The kernel's call for one layer: its structure, made once. Keeps the tensors, whose addresses are in it, alive.
 
-    The arguments are those of `quip.kernels.linear` after x. Raises `QuipError` for codes of another width.
+    The arguments are those of `quip.kernels.linear` after x. Raises `QuipError` for tensors that do not fit together,
+    since the kernel would read beyond their end.
     """
 
     def __init__(
         self, n, qweight, scale, bits, rescale=None, bias=None, v_perm=None, v_factors=(), u_perm=None, u_factors=()
     ):
-        if qweight.shape[1] != -(-n // 64) * 8 * bits:  # or it would read beyond their end
+        self.n, self.m, self.tensors = n, qweight.shape[0], (qweight, scale, rescale, bias)
+        if qweight.shape[1] != -(-n // 64) * 8 * bits or n > WIDEST:
             raise QuipError(f"packed codes {tuple(qweight.shape)} of {bits} bits do not fit {n} columns")
-        self.n, self.m, self.tensors = n, len(qweight), (qweight, scale, rescale, bias)
-        self.kept = [t.contiguous() for t in (v_perm, u_perm, *v_factors, *u_factors) if t is not None]
+        for what, t, size in ("scale", scale, 1), ("rescale", rescale, n), ("bias", bias, self.m):
+            if t is not None and t.numel() != size:
+                raise QuipError(f"{what} {tuple(t.shape)} does not fit a layer of {n} inputs and {self.m} outputs")
+        check_transform("V", n, v_perm, v_factors)
+        check_transform("U", self.m, u_perm, u_factors)
+        self.transforms = v_perm, *v_factors, u_perm, *u_factors
         self.addresses = tuple(map(address, self.tensors))
         self.structure = Layer(
             *(self.m, n, bits, *self.addresses, DTYPES[torch.float32 if bias is None else bias.dtype]),
@@ -114,8 +121,7 @@ class Call:
     def fits(self, x: torch.Tensor, buffers: dict) -> bool:
         """Whether x has the right width, and the layer's tensors are still where they were."""
         now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
-        same = all(map(is_, now, self.tensors)) and now[0].data_ptr() == self.addresses[0]
-        return same and x.shape[-1] == self.n and x.is_contiguous()
+        return tuple(map(address, now)) == self.addresses and x.shape[-1:] == (self.n,) and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
         y = x.new_empty(*x.shape[:-1], self.m)
@@ -144,21 +150,51 @@ def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor]
     return made
 
 
+def check_transform(name: str, width: int, perm: torch.Tensor | None, factors: list[torch.Tensor]) -> None:
+    """Raise `QuipError` unless permutation and factors are those of a transform of this width."""
+    sizes = [len(F) for F in factors]
+    square = all(F.shape == (n, n) for F, n in zip(factors, sizes, strict=True))
+    fit = all(p * q <= width for p, q in zip(sizes[::2], sizes[1::2], strict=True)) and len(sizes) in (0, 2, 4)
+    if not (square and fit and (perm is None or (perm.shape == (width,) and perm.dtype == torch.int64))):
+        raise QuipError(f"the factors of {name} {[tuple(F.shape) for F in factors]} do not fit width {width}")
+
+
+def untraced() -> bool:
+    """Whether nobody watches: no tracer, dispatch mode, functional transform or forward-mode differentiation."""
+    traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+    return not traced and not transformed()
+
+
+def transformed() -> bool:
+    """Whether a functional transform (vmap, jvp, …) or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_plain(x: torch.Tensor) -> bool:
     """Whether x is just numbers on the CPU: nobody who traces or differentiates has to see what is done to it."""
-    return type(x) is torch.Tensor and x.device.type == "cpu" and x.dtype in DTYPES and not x.requires_grad
+    return (
+        not torch.compiler.is_compiling()
+        and untraced()
+        and type(x) is torch.Tensor
+        and x.dtype in DTYPES
+        and x.is_cpu
+        and not x.requires_grad
+    )
 
 
 def can_run(x: torch.Tensor, *tensors) -> bool:
     """Whether the kernel takes x and the other arguments of `quip.kernels.linear`: on the CPU, of types it reads."""
-    qweight, scale, _, rescale, bias, _, v_factors, _, u_factors = tensors
+    qweight, scale, _, rescale, bias, v_perm, v_factors, u_perm, u_factors = tensors
+    floats = [t for t in (scale, rescale, *v_factors, *u_factors) if t is not None]
+    every = [t for t in (qweight, bias, v_perm, u_perm, *floats) if t is not None]
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in DTYPES
         and x.shape[-1] <= WIDEST
         and (bias is None or bias.dtype in DTYPES)
-        and all(t is None or t.dtype == torch.float32 for t in (scale, rescale, *v_factors, *u_factors))
-        and all(t is None or t.is_contiguous() for t in (qweight, rescale, bias, *v_factors, *u_factors))
+        and qweight.dtype == torch.uint8
+        and all(t.dtype == torch.float32 for t in floats)
+        and all(t.is_cpu and t.is_contiguous() for t in every)
         and library() is not None
     )
 
@@ -170,6 +206,8 @@ def linear(x: torch.Tensor, *tensors) -> torch.Tensor:  # (batch, n), contiguous
 
 def multiply(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """`scale · x Cᵀ` alone, of float32 x `(batch, n)`; the product in the middle of `linear`."""
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        raise QuipError(f"x must be contiguous float32, got {x.dtype}")
     call, y = Call(x.shape[-1], qweight, scale, bits), x.new_empty(len(x), len(qweight))
     if library().quip_multiply(call.at, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
         raise MemoryError(f"no memory for the product with {call.m} x {call.n} weights")

@@ -84,7 +84,7 @@ def linear_torch(x, qweight, scale, bits, rescale, bias, v_perm, v_factors, u_pe
     return y if bias is None else y + bias.to(y.dtype)
 
 # %% ../book/09_kernels.ipynb #kernels-42
-LONG = 32  # activations from which on a dense product beats the portable kernel
+LONG = 32  # activations from which on unpacking everything beats the portable kernel
 
 
 def linear(
@@ -127,7 +127,7 @@ def linear_op(
 
 @linear_op.register_fake
 def _(x, qweight, *others):
-    return x.new_empty(len(x), len(qweight))
+    return x.new_empty(x.shape[0], qweight.shape[0])
 
 
 def save_for_backward(ctx, inputs, output):
@@ -234,17 +234,21 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `(…, m)` of x `(…, n)`, in x's dtype. Raises `QuipError` for another n, or before `build`."""
-        plain = not torch.compiler.is_compiling() and cpu.is_plain(x)
+        plain = cpu.is_plain(x)
         if plain and self.call is not None and self.call.fits(x, self._buffers):
             return self.call(x)
         if self.V is None:
             raise QuipError("the layer has no transforms yet: call build() once its state is loaded")
         if x.shape[-1:] != (self.in_features,):
             raise QuipError(f"x {tuple(x.shape)} does not fit a layer of {self.in_features} inputs")
+        if x.device != self.qweight.device:
+            raise QuipError(f"x is on {x.device}, and the layer on {self.qweight.device}")
         tensors = self.tensors()
         if plain and cpu.can_run(x, *tensors) and cpu.backend() != "portable":
             self.call = cpu.Call(self.in_features, *tensors)  # the next time, straight to the kernel
-        y = linear_op(x.reshape(-1, self.in_features), *tensors)
+        # what transforms functions (vmap, jvp) sees through the plain form, everything else takes the operation
+        plain_form = not torch.compiler.is_compiling() and cpu.transformed()
+        y = (linear_torch if plain_form else linear_op)(x.reshape(-1, self.in_features), *tensors)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

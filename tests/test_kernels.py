@@ -308,3 +308,51 @@ def test_scale_and_rescale_stay_float32_in_a_half_precision_layer():
     layer.half()
     assert all(torch.equal(layer.state_dict()[name], value) for name, value in before.items())
     assert relative_error(layer.float()(x), dense(x.double())) < 2e-3  # only the bias was rounded
+
+
+def test_tensors_on_different_devices_are_an_error():
+    layer, _ = random_layer()
+    for _ in range(2):
+        with pytest.raises(QuipError, match="x is on cpu, and the layer on meta"):
+            copy.deepcopy(layer).to("meta")(inputs(40, 3))
+
+
+@pytest.fixture
+def prepared():
+    """A layer that has run, its call ready, and an input."""
+    layer, _ = random_layer()
+    x = inputs(40, 3)
+    layer(x)
+    return layer, x
+
+
+def test_a_tracer_sees_the_operation(prepared):
+    layer, x = prepared
+    traced = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    assert any("quip.linear" in str(node.target) for node in traced.graph.nodes)
+    other = inputs(40, 3, seed=8)
+    assert torch.equal(traced(other), layer(other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_functional_transforms_see_through_the_layer(prepared):
+    layer, x = prepared
+    without = layer(x) - layer(torch.zeros_like(x))
+    with torch.autograd.forward_ad.dual_level():
+        y = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, x)))
+        assert relative_error(y.tangent, without.double()) < 1e-3
+    assert relative_error(torch.func.jvp(layer, (x,), (x,))[1], without.double()) < 1e-3
+    assert relative_error(torch.vmap(layer)(x), layer(x).double()) < 1e-3
+
+
+def test_export_with_any_number_of_inputs(prepared):
+    layer, x = prepared
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    more = inputs(40, 7)
+    assert torch.equal(exported.module()(more), layer(more))
+
+
+def test_a_bias_moved_behind_the_layers_back(prepared):
+    layer, x = prepared
+    layer.bias.data = layer.bias + 5
+    assert relative_error(layer(x), linear_torch(x, *layer.tensors()).double()) < 2e-4

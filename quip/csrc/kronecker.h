@@ -1,7 +1,5 @@
 // The transforms V and U: a permutation and Kronecker products, on one vector at a time.
 #pragma once
-#include <algorithm>
-
 #include "backend.h"
 #include "quip.h"
 

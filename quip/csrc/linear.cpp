@@ -1,5 +1,6 @@
 // The layer: V, the packed product and U' of a batch of activations, on several threads. And what chooses the backend.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
 #include <string>
@@ -22,7 +23,7 @@ const Backend *best() {
     return *std::find_if(std::begin(ALL), std::end(ALL), [](const Backend *b) { return b->runs_here(); });
 }
 
-const Backend *backend = best();
+std::atomic<const Backend *> backend{best()};
 
 int64_t whole_vectors(int64_t bytes, int vector) { return (bytes + vector - 1) / vector * vector; }
 
@@ -30,6 +31,9 @@ int64_t width_of(const quip_layer &l) { return (l.n + 63) / 64 * 8 * l.bits; }
 
 // All the room that one call needs, for at most MOST activations at a time.
 constexpr int64_t MOST = 32;
+
+// Bytes of codes for which another thread pays, at least.
+constexpr int64_t WORK = 65536;
 
 struct Workspace {
     int64_t first = 0;  // of the activations at work
@@ -148,7 +152,8 @@ void some(const quip_layer &l, const Backend &b, Workspace &w, int64_t batch, in
 
 template <class Before, class After>
 int run(const quip_layer &l, int64_t batch, int64_t threads, Before before, After after) try {
-    const Backend &b = *backend;
+    const Backend &b = *backend.load();
+    threads = std::min(threads, 1 + l.m * width_of(l) / WORK);
     static thread_local Workspace room;
     Workspace &w = room;  // a reference, as each thread of the team below has a room of its own
     w.fit(l, b, std::min(batch, MOST), threads);
@@ -205,7 +210,9 @@ const char *quip_backends(void) {
     return names.c_str();
 }
 
-const char *quip_backend(void) { return backend->name; }
+int64_t quip_layer_size(void) { return sizeof(quip_layer); }
+
+const char *quip_backend(void) { return backend.load()->name; }
 
 int quip_use(const char *name) {
     for (const Backend *b : ALL)

@@ -41,6 +41,9 @@ QUIP_API uint64_t quip_read(const void *, int64_t bytes, int64_t threads);
 // Names of the backends that this processor can run, best first, separated by spaces.
 QUIP_API const char *quip_backends(void);
 
+// Bytes of a quip_layer, to see that caller and library agree on it.
+QUIP_API int64_t quip_layer_size(void);
+
 // The one in use; at first the best.
 QUIP_API const char *quip_backend(void);
 
