@@ -304,7 +304,7 @@ def run_kernels(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     """Tokens a second of --model quantized (calibrated on --samples), beside --model in bfloat16, batch 1"""
     model, tokenizer, samples, about = calibrated(args)
-    compared = {f"{args.model}, bfloat16": copy.deepcopy(model).bfloat16()}
+    compared = {f"{about['model']}, bfloat16": copy.deepcopy(model).bfloat16()}
     for bits in args.bits:
         copied = copy.deepcopy(model)
         models.quantize_model(copied, samples, bits, args.seed, passes=0)  # the codes make no difference to the speed

@@ -2,11 +2,12 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from quip import results
+from quip import bench, cpu, results
 from quip.layers import load_layers
 
 
@@ -79,6 +80,38 @@ def test_example_layers(arguments, tmp_path, monkeypatch, capsys):
     W, H = load_layers(tmp_path / "x.safetensors")[name]
     assert W.shape == H.shape == (48, 48)
     assert torch.isfinite(H).all() and name in capsys.readouterr().out
+
+
+def test_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr("quip.bench.STREAMED", 2**14)
+    small = partial(bench.bench_kernels, [(24, 70)])
+    monkeypatch.setattr(bench, "bench_kernels", lambda **given: small(**given | {"repeats": 1}))
+    threads = torch.get_num_threads()
+    results.main(["kernels", "--bits", "2", "--out", str(tmp_path / "k.json")])
+    torch.set_num_threads(threads)
+    record = json.loads((tmp_path / "k.json").read_text(encoding="utf-8"))
+    assert record["about"]["backend"] == cpu.backend() and record["about"]["threads"] == 1
+    assert {(r["m"], r["n"], r["bits"]) for r in record["rows"]} == {(24, 70, 2)}
+    assert {r["batch"] for r in record["rows"]} == {1, 8, 32}
+
+
+def test_generate(arguments, tmp_path, monkeypatch):
+    few = bench.bench_generate
+    monkeypatch.setattr(
+        bench, "bench_generate", lambda *what, **given: few(*what, **given | {"tokens": 2, "repeats": 1})
+    )
+    threads = torch.get_num_threads()
+    results.main(["generate", *arguments, "--bits", "2", "--out", str(tmp_path / "g.json")])
+    torch.set_num_threads(threads)
+    record = json.loads((tmp_path / "g.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in json.dumps(record)
+    names = [(r["model"], r["dtype"]) for r in record["rows"] if r["threads"] == 1]
+    assert names == [
+        ("model, bfloat16", "bfloat16"),
+        ("2 bits, bfloat16", "bfloat16"),
+        ("2 bits, float32", "float32"),
+    ]
+    assert all(r["tokens_per_s"] > 0 for r in record["rows"])
 
 
 def test_bad_input_is_one_line(arguments, tmp_path, capsys):
