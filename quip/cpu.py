@@ -53,9 +53,15 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         if lib.quip_layer_size() != ctypes.sizeof(Layer):
             return None, "it was built from another version of its source: install quip again"
         lib.quip_backends.restype = lib.quip_backend.restype = ctypes.c_char_p
-        lib.quip_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
-        lib.quip_multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
-        lib.quip_read.argtypes, lib.quip_read.restype = [ctypes.c_void_p] + [ctypes.c_int64] * 2, ctypes.c_uint64
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        lib.quip_linears.argtypes = [pointer, size, pointer, pointer, size, size, size]
+        lib.quip_gated.argtypes = [pointer] * 5 + [size] * 3
+        lib.quip_rms_norm.argtypes, lib.quip_rms_norm.restype = (
+            [pointer] * 3 + [size, size, ctypes.c_double, size],
+            None,
+        )
+        lib.quip_multiply.argtypes = [pointer] * 3 + [size] * 2
+        lib.quip_read.argtypes, lib.quip_read.restype = [pointer, size, size], ctypes.c_uint64
     except (OSError, AttributeError) as e:
         return None, f"it cannot be loaded: {e}"
     names = ", ".join(lib.quip_backends().decode().split())
@@ -110,7 +116,7 @@ class Call:
                 raise QuipError(f"{what} {tuple(t.shape)} does not fit a layer of {n} inputs and {self.m} outputs")
         check_transform("V", n, v_perm, v_factors)
         check_transform("U", self.m, u_perm, u_factors)
-        self.transforms = v_perm, *v_factors, u_perm, *u_factors
+        self.V, self.U = (v_perm, *v_factors), (u_perm, *u_factors)
         self.addresses = tuple(map(address, self.tensors))
         self.structure = Layer(
             *(self.m, n, bits, *self.addresses, DTYPES[torch.float32 if bias is None else bias.dtype]),
@@ -118,23 +124,74 @@ class Call:
         )
         self.at = ctypes.addressof(self.structure)
 
-    def fits(self, x: torch.Tensor, buffers: dict) -> bool:
-        """Whether x has the right width, and the layer's tensors are still where they were."""
+    def is_current(self, buffers: dict) -> bool:
+        """Whether the layer's tensors are still where they were."""
         now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
-        return tuple(map(address, now)) == self.addresses and x.shape[-1:] == (self.n,) and x.is_contiguous()
+        return tuple(map(address, now)) == self.addresses
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x, plain, has the right width, and lies row by row."""
+        return x.shape[-1:] == (self.n,) and x.is_contiguous()
+
+    def input_like(self, other: Call) -> bool:
+        """Whether this layer and another have the same width, bits and V."""
+        if (self.n, self.structure.bits, len(self.V)) != (other.n, other.structure.bits, len(other.V)):
+            return False
+        pairs = zip(self.V, other.V, strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
-        y = x.new_empty(*x.shape[:-1], self.m)
-        threads = torch.get_num_threads()
-        if library().quip_linear(self.at, x.data_ptr(), y.data_ptr(), x.numel() // self.n, DTYPES[x.dtype], threads):
-            raise MemoryError(f"no memory for the product with {self.m} x {self.n} weights")
-        return y
+        return linears([self], x)[0]
 
     def __deepcopy__(self, memo) -> None:
         """A copied layer has other addresses, and makes a call of its own."""
 
     def __reduce__(self) -> tuple:
         return type(None), ()
+
+
+def linears(calls: list[Call], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of layers that share an input x, (…, n), contiguous: of one, or of several that `share_input`."""
+    ys = [x.new_empty(*x.shape[:-1], call.m) for call in calls]
+    layers, out = pointers([call.at for call in calls]), pointers([y.data_ptr() for y in ys])
+    batch, dtype = x.numel() // calls[0].n, DTYPES[x.dtype]
+    done = library().quip_linears(layers, len(ys), x.data_ptr(), out, batch, dtype, torch.get_num_threads())
+    return enough_memory(done, ys)
+
+
+def gated(gate: Call, up: Call, down: Call, x: torch.Tensor) -> torch.Tensor:
+    """`down(silu(gate(x)) · up(x))`, x as for `linears`, of a gate and an up that `share_input`."""
+    y = x.new_empty(*x.shape[:-1], down.m)
+    batch, dtype = x.numel() // gate.n, DTYPES[x.dtype]
+    layers = gate.at, up.at, down.at
+    done = library().quip_gated(*layers, x.data_ptr(), y.data_ptr(), batch, dtype, torch.get_num_threads())
+    return enough_memory(done, y)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
+    """`weight · x / sqrt(mean(x²) + eps)` over the last dimension of a plain x; None if the kernel does not take it."""
+    n = weight.numel()
+    if x.shape[-1:] != (n,) or weight.dtype != x.dtype or not (weight.is_cpu and x.is_contiguous() and n):
+        return None
+    y = torch.empty_like(x)
+    sizes = x.numel() // n, n, eps, DTYPES[x.dtype]
+    library().quip_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes)
+    return y
+
+
+def share_input(calls: list[Call]) -> bool:
+    """Whether layers have one V, one number of bits and no D̃, so that one set of digits does for all of them."""
+    return all(call.structure.rescale is None and call.input_like(calls[0]) for call in calls)
+
+
+def pointers(addresses: list[int]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def enough_memory(failed: int, result):
+    if failed:
+        raise MemoryError("no memory for the product with packed weights")
+    return result
 
 
 def address(t: torch.Tensor | None) -> int | None:
@@ -184,14 +241,16 @@ def is_plain(x: torch.Tensor) -> bool:
 
 def can_run(x: torch.Tensor, *tensors) -> bool:
     """Whether the kernel takes x and the other arguments of `quip.kernels.linear`: on the CPU, of types it reads."""
+    return x.is_cpu and x.dtype in DTYPES and x.shape[-1] <= WIDEST and can_hold(*tensors)
+
+
+def can_hold(*tensors) -> bool:
+    """Whether the kernel takes the arguments of `quip.kernels.linear` after x."""
     qweight, scale, _, rescale, bias, v_perm, v_factors, u_perm, u_factors = tensors
     floats = [t for t in (scale, rescale, *v_factors, *u_factors) if t is not None]
     every = [t for t in (qweight, bias, v_perm, u_perm, *floats) if t is not None]
     return (
-        x.is_cpu
-        and x.dtype in DTYPES
-        and x.shape[-1] <= WIDEST
-        and (bias is None or bias.dtype in DTYPES)
+        (bias is None or bias.dtype in DTYPES)
         and qweight.dtype == torch.uint8
         and all(t.dtype == torch.float32 for t in floats)
         and all(t.is_cpu and t.is_contiguous() for t in every)

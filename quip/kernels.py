@@ -232,11 +232,18 @@ class QuantizedLinear(torch.nn.Module):
         b = self._buffers
         return b["qweight"], b["scale"], self.bits, b["rescale"], b["bias"], *self.V.tensors(), *self.U.tensors()
 
+    def prepared(self) -> cpu.Call | None:
+        """The kernel's call of this layer, made once: straight to the kernel. None where the kernel cannot run it."""
+        if self.call is None or not self.call.is_current(self._buffers):
+            able = self.V is not None and cpu.can_hold(*self.tensors()) and cpu.backend() != "portable"
+            self.call = cpu.Call(self.in_features, *self.tensors()) if able else None
+        return self.call
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `(…, m)` of x `(…, n)`, in x's dtype. Raises `QuipError` for another n, or before `build`."""
-        plain = cpu.is_plain(x)
-        if plain and self.call is not None and self.call.fits(x, self._buffers):
-            return self.call(x)
+        call = self.prepared() if cpu.is_plain(x) else None
+        if call is not None and call.takes(x):
+            return call(x)
         if self.V is None:
             raise QuipError("the layer has no transforms yet: call build() once its state is loaded")
         if x.shape[-1:] != (self.in_features,):
@@ -244,8 +251,6 @@ class QuantizedLinear(torch.nn.Module):
         if x.device != self.qweight.device:
             raise QuipError(f"x is on {x.device}, and the layer on {self.qweight.device}")
         tensors = self.tensors()
-        if plain and cpu.can_run(x, *tensors) and cpu.backend() != "portable":
-            self.call = cpu.Call(self.in_features, *tensors)  # the next time, straight to the kernel
         # what transforms functions (vmap, jvp) sees through the plain form, everything else takes the operation
         plain_form = not torch.compiler.is_compiling() and cpu.transformed()
         y = (linear_torch if plain_form else linear_op)(x.reshape(-1, self.in_features), *tensors)

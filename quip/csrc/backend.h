@@ -22,6 +22,8 @@ struct Backend {
     // C (rows, columns) = A (rows, inner) B (inner, columns); A(i, k) at A[i * row_step + k * step]
     void (*product)(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t rows,
                     int64_t inner, int64_t columns);
+    // g (n) -> silu(g) u
+    void (*swiglu)(float *g, const float *u, int64_t n);
     bool (*runs_here)();
 };
 

@@ -1,19 +1,16 @@
-// The layer: V, the packed product and U' of a batch of activations, on several threads. And what chooses the backend.
+// What the library offers: layers, groups of layers, a gated block, a norm. And what chooses the backend.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <string>
 #include <vector>
 
 #include "backend.h"
-#include "kronecker.h"
+#include "layer.h"
 #include "numbers.h"
 #include "quip.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace {
 
@@ -25,166 +22,123 @@ const Backend *best() {
 
 std::atomic<const Backend *> backend{best()};
 
-int64_t whole_vectors(int64_t bytes, int vector) { return (bytes + vector - 1) / vector * vector; }
+constexpr int64_t MOST = 32;      // activations at a time
+constexpr int64_t WORK = 65536;   // bytes of codes for which another thread pays, at least
 
-int64_t width_of(const quip_layer &l) { return (l.n + 63) / 64 * 8 * l.bits; }
+thread_local Workspace rooms[2];  // each thread that calls has its own; its team works in that
 
-// All the room that one call needs, for at most MOST activations at a time.
-constexpr int64_t MOST = 32;
-
-// Bytes of codes for which another thread pays, at least.
-constexpr int64_t WORK = 65536;
-
-struct Workspace {
-    int64_t first = 0;  // of the activations at work
-    int64_t width, bytes, fields;        // of a row of codes; of its first stream; codes in each of those bytes
-    int64_t columns, size;               // n, filled up to whole vectors; bytes of digits for one activation vector
-    std::vector<float> in, out, spare;   // (batch, n), (batch, m), (threads, max(m, n))
-    std::vector<int16_t> q;              // (threads, columns)
-    std::vector<int8_t> digits;          // (batch, size)
-    std::vector<int64_t> sums;           // (batch, m)
-    std::vector<Quantized> activations;  // (batch)
-
-    // Room that is there already is used again: new pages cost more than the product of a small layer.
-    void fit(const quip_layer &l, const Backend &b, int64_t batch, int64_t threads) {
-        first = 0;
-        width = width_of(l);
-        bytes = l.bits == 3 ? width / 3 * 2 : width;
-        fields = l.bits == 4 ? 2 : 4;
-        columns = fields * whole_vectors(bytes, b.vector);
-        size = 2 * columns;
-        grow(in, batch * l.n);
-        grow(out, batch * l.m);
-        grow(spare, threads * std::max(l.m, l.n));
-        grow(q, threads * columns);
-        grow(digits, batch * size);
-        grow(sums, batch * l.m);
-        grow(activations, batch);
-    }
-
-    template <class T>
-    static void grow(std::vector<T> &v, int64_t n) {
-        if (static_cast<int64_t>(v.size()) < n) v.resize(n);
-    }
-};
-
-void to_digits(const quip_layer &l, const Backend &b, Workspace &w, int64_t t, int thread) {
-    int16_t *q = w.q.data() + thread * w.columns;
-    std::fill(q + l.n, q + w.columns, 0);
-    w.activations[t] = b.quantize(w.in.data() + t * l.n, l.n, q);
-    b.arrange(q, w.bytes, w.fields, w.digits.data() + t * w.size);
-}
-
-// V x / D of one vector, in w.in.
-template <int DTYPE>
-void gather(const quip_layer &l, const void *x, int64_t t, float *z) {
-    for (int64_t i = 0; i < l.n; i++) {
-        const int64_t j = l.V.perm ? l.V.perm[i] : i;
-        z[i] = read(x, DTYPE, t * l.n + j);
-        if (l.rescale) z[i] /= l.rescale[j];
-    }
-}
-
-void enter(const quip_layer &l, const Backend &b, Workspace &w, const void *x, int64_t dtype, int64_t t, int thread) {
-    float *z = w.in.data() + t * l.n;
-    const auto f = dtype == QUIP_FLOAT32 ? gather<QUIP_FLOAT32> : dtype == QUIP_FLOAT16 ? gather<QUIP_FLOAT16> : gather<QUIP_BFLOAT16>;
-    f(l, x, w.first + t, z);
-    apply(l.V, b, z, w.spare.data() + thread * std::max(l.m, l.n));
-}
-
-// The product's integers as numbers, in w.out: C = (2 code - top) / top.
-void to_floats(const quip_layer &l, Workspace &w, int64_t t, int64_t first, int64_t last) {
-    const int64_t top = (1 << l.bits) - 1, offset = top * w.activations[t].sum;
-    const double factor = w.activations[t].step * *l.scale / static_cast<double>(top);
-    const int64_t *sums = w.sums.data() + t * l.m;
-    float *out = w.out.data() + t * l.m;
-    for (int64_t i = first; i < last; i++) out[i] = static_cast<float>(factor * static_cast<double>(2 * sums[i] - offset));
-}
-
-// U' of one vector, and the bias.
-void leave(const quip_layer &l, const Backend &b, Workspace &w, void *y, int64_t dtype, int64_t t, int thread) {
-    float *z = w.out.data() + t * l.m;
-    undo(l.U, b, z, w.spare.data() + thread * std::max(l.m, l.n));
-    for (int64_t i = 0; i < l.m; i++) {
-        const int64_t j = l.U.perm ? l.U.perm[i] : i;
-        write(y, dtype, (w.first + t) * l.m + j, l.bias ? z[i] + read(l.bias, l.bias_dtype, j) : z[i]);
-    }
-}
-
-// Rows of the product that one thread computes, in multiples of 16.
-void share(int64_t m, int thread, int threads, int64_t &first, int64_t &last) {
-    const int64_t each = ((m + threads - 1) / threads + 15) / 16 * 16;
-    first = std::min(m, thread * each);
-    last = std::min(m, first + each);
-}
-
-// One after the other: `before` (to w.in), the digits, the product, `after` (from w.out). Vectors are shared out among
-// threads before and after the product, rows during it.
-template <class Before, class After>
-void some(const quip_layer &l, const Backend &b, Workspace &w, int64_t batch, int64_t threads, Before before, After after) {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-#endif
-    {
-#if defined(_OPENMP)
-        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
-#else
-        const int thread = 0, team = 1;
-#endif
-        for (int64_t t = thread; t < batch; t += team) {
-            before(b, w, t, thread);
-            to_digits(l, b, w, t, thread);
-        }
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-        int64_t first, last;
-        share(l.m, thread, team, first, last);
-        b.multiply(l.codes + first * w.width, w.width, l.bits, last - first, w.digits.data(), w.size, batch,
-                   w.sums.data() + first, l.m);
-        for (int64_t t = 0; t < batch; t++) to_floats(l, w, t, first, last);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-        for (int64_t t = thread; t < batch; t += team) after(b, w, t, thread);
-    }
-}
-
-template <class Before, class After>
-int run(const quip_layer &l, int64_t batch, int64_t threads, Before before, After after) try {
-    const Backend &b = *backend.load();
-    threads = std::min(threads, 1 + l.m * width_of(l) / WORK);
-    static thread_local Workspace room;
-    Workspace &w = room;  // a reference, as each thread of the team below has a room of its own
-    w.fit(l, b, std::min(batch, MOST), threads);
-    for (; w.first < batch; w.first += MOST) some(l, b, w, std::min(batch - w.first, MOST), threads, before, after);
+// f(first, some) for up to MOST activations at a time. 0, or 1 if there is no memory.
+template <class F>
+int in_pieces(int64_t batch, F f) try {
+    for (int64_t first = 0; first < batch; first += MOST) f(first, std::min(batch - first, MOST));
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
 }
 
+const void *vector_at(const void *x, int64_t dtype, int64_t i) {
+    return static_cast<const char *>(x) + i * (dtype == QUIP_FLOAT32 ? 4 : 2);
+}
+
+void *vector_at(void *y, int64_t dtype, int64_t i) { return const_cast<void *>(vector_at(const_cast<const void *>(y), dtype, i)); }
+
 }  // namespace
 
+int quip_linears(const quip_layer *const *layers, int64_t count, const void *x, void *const *y, int64_t batch,
+                 int64_t dtype, int64_t threads) {
+    const Backend &b = *backend.load();
+    const Group g{layers, count};
+    threads = std::min(threads, 1 + g.bytes() / WORK);
+    return in_pieces(batch, [&, &w = rooms[0]](int64_t first, int64_t some) {
+        w.fit(g, b, some, threads);
+        together(threads, [&](const Team &team) {
+            const auto before = [&](int64_t t) {
+                enter(g[0], b, w, vector_at(x, dtype, (first + t) * g[0].n), dtype, t, team.thread);
+            };
+            const auto after = [&](int64_t k, int64_t at, int64_t t) {
+                leave(g[k], b, w, at, vector_at(y[k], dtype, (first + t) * g[k].m), dtype, t, team.thread);
+            };
+            product_of(g, b, w, some, team, before, after);
+        });
+    });
+}
+
 int quip_linear(const quip_layer *l, const void *x, void *y, int64_t batch, int64_t dtype, int64_t threads) {
-    return run(
-        *l, batch, threads,
-        [=](const Backend &b, Workspace &w, int64_t t, int thread) { enter(*l, b, w, x, dtype, t, thread); },
-        [=](const Backend &b, Workspace &w, int64_t t, int thread) { leave(*l, b, w, y, dtype, t, thread); });
+    return quip_linears(&l, 1, x, &y, batch, dtype, threads);
+}
+
+int quip_gated(const quip_layer *gate, const quip_layer *up, const quip_layer *down, const void *x, void *y, int64_t batch,
+               int64_t dtype, int64_t threads) {
+    const Backend &b = *backend.load();
+    const quip_layer *const pair[] = {gate, up};
+    const Group outer{pair, 2}, inner{&down, 1};
+    const int64_t k = down->n;
+    threads = std::min(threads, 1 + outer.bytes() / WORK);
+    static thread_local std::vector<float> room;  // (batch, 2, k)
+    std::vector<float> &hidden = room;
+    return in_pieces(batch, [&, &w = rooms[0], &v = rooms[1]](int64_t first, int64_t some) {
+        w.fit(outer, b, some, threads);
+        v.fit(inner, b, some, threads);
+        Workspace::grow(hidden, 2 * some * k);
+        together(threads, [&](const Team &team) {
+            const auto before = [&](int64_t t) {
+                enter(*gate, b, w, vector_at(x, dtype, (first + t) * gate->n), dtype, t, team.thread);
+            };
+            const auto between = [&](int64_t i, int64_t at, int64_t t) {
+                leave(*pair[i], b, w, at, hidden.data() + (2 * t + i) * k, QUIP_FLOAT32, t, team.thread);
+            };
+            product_of(outer, b, w, some, team, before, between);
+            team.wait();
+            const auto middle = [&](int64_t t) {
+                float *h = hidden.data() + 2 * t * k;
+                b.swiglu(h, h + k, k);
+                enter(*down, b, v, h, QUIP_FLOAT32, t, team.thread);
+            };
+            const auto after = [&](int64_t, int64_t at, int64_t t) {
+                leave(*down, b, v, at, vector_at(y, dtype, (first + t) * down->m), dtype, t, team.thread);
+            };
+            product_of(inner, b, v, some, team, middle, after);
+        });
+    });
+}
+
+void quip_rms_norm(const void *x, const void *weight, void *y, int64_t rows, int64_t n, double eps, int64_t dtype) {
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t at = r * n;
+        float sums[16] = {};
+        for (int64_t i = 0; i < n; i++) {
+            const float v = read(x, dtype, at + i);
+            sums[i % 16] += v * v;
+        }
+        double sum = 0;
+        for (float s : sums) sum += s;
+        const float factor = static_cast<float>(1 / std::sqrt(sum / static_cast<double>(n) + eps));
+        for (int64_t i = 0; i < n; i++) {
+            write(y, dtype, at + i, read(x, dtype, at + i) * factor);  // rounded, as the module does
+            write(y, dtype, at + i, read(weight, dtype, i) * read(y, dtype, at + i));
+        }
+    }
 }
 
 int quip_multiply(const quip_layer *l, const float *x, float *y, int64_t batch, int64_t threads) {
-    return run(
-        *l, batch, threads,
-        [=](const Backend &, Workspace &w, int64_t t, int) {
-            const float *from = x + (w.first + t) * l->n;
-            std::copy(from, from + l->n, w.in.data() + t * l->n);
-        },
-        [=](const Backend &, Workspace &w, int64_t t, int) {
-            const float *from = w.out.data() + t * l->m;
-            std::copy(from, from + l->m, y + (w.first + t) * l->m);
+    const Backend &b = *backend.load();
+    const Group g{&l, 1};
+    threads = std::min(threads, 1 + g.bytes() / WORK);
+    return in_pieces(batch, [&, &w = rooms[0]](int64_t first, int64_t some) {
+        w.fit(g, b, some, threads);
+        together(threads, [&](const Team &team) {
+            const auto before = [&](int64_t t) {
+                const float *from = x + (first + t) * l->n;
+                std::copy(from, from + l->n, w.in.data() + t * l->n);
+            };
+            const auto after = [&](int64_t, int64_t, int64_t t) {
+                const float *from = w.out.data() + t * l->m;
+                std::copy(from, from + l->m, y + (first + t) * l->m);
+            };
+            product_of(g, b, w, some, team, before, after);
         });
+    });
 }
-
 uint64_t quip_read(const void *data, int64_t bytes, int64_t threads) {
     const int64_t lines = bytes / 64;
     uint64_t all = 0;

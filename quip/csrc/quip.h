@@ -32,6 +32,17 @@ struct quip_layer {
 // y (batch, m) of x (batch, n), both of `dtype`, contiguous. 0, or 1 if there is no memory.
 QUIP_API int quip_linear(const quip_layer *, const void *x, void *y, int64_t batch, int64_t dtype, int64_t threads);
 
+// The same for `count` layers that share their input: all of one n, one number of bits, one V and no D. y[k] (batch, m_k).
+QUIP_API int quip_linears(const quip_layer *const *, int64_t count, const void *x, void *const *y, int64_t batch,
+                          int64_t dtype, int64_t threads);
+
+// y = down(silu(gate(x)) * up(x)), all in between in 32 bits; gate and up as for `quip_linears`.
+QUIP_API int quip_gated(const quip_layer *gate, const quip_layer *up, const quip_layer *down, const void *x, void *y,
+                        int64_t batch, int64_t dtype, int64_t threads);
+
+// y (rows, n) = weight (n) * x / sqrt(mean(x^2) + eps), all of `dtype`, contiguous; rounded before `weight` and after.
+QUIP_API void quip_rms_norm(const void *x, const void *weight, void *y, int64_t rows, int64_t n, double eps, int64_t dtype);
+
 // y (batch, m) = s C x: the product alone, as the layer computes it. 0, or 1 if there is no memory.
 QUIP_API int quip_multiply(const quip_layer *, const float *x, float *y, int64_t batch, int64_t threads);
 
