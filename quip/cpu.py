@@ -56,10 +56,10 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         lib.quip_linears.argtypes = [pointer, size, pointer, pointer, size, size, size]
         lib.quip_gated.argtypes = [pointer] * 5 + [size] * 3
-        lib.quip_rms_norm.argtypes, lib.quip_rms_norm.restype = (
-            [pointer] * 3 + [size, size, ctypes.c_double, size],
-            None,
-        )
+        norm = [pointer] * 3 + [size, size, ctypes.c_double, size]
+        lib.quip_rms_norm.argtypes, lib.quip_rms_norm.restype = norm, None
+        lib.quip_block_in.argtypes = [pointer] * 7 + [size]
+        lib.quip_block_out.argtypes = [pointer] * 5 + [size] * 3 + [pointer, size]
         lib.quip_multiply.argtypes = [pointer] * 3 + [size] * 2
         lib.quip_read.argtypes, lib.quip_read.restype = [pointer, size, size], ctypes.c_uint64
     except (OSError, AttributeError) as e:
@@ -98,7 +98,17 @@ def use(name: str) -> None:
     load()[0].quip_use(name.encode())
 
 
-class Call:
+class Unsaved:
+    """What is made of a module's tensors when needed, and holds their addresses: a copy has to make its own."""
+
+    def __deepcopy__(self, memo) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+class Call(Unsaved):
     """The kernel's call for one layer: its structure, made once. Keeps the tensors, whose addresses are in it, alive.
 
     The arguments are those of `quip.kernels.linear` after x. Raises `QuipError` for tensors that do not fit together,
@@ -143,12 +153,6 @@ class Call:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
         return linears([self], x)[0]
 
-    def __deepcopy__(self, memo) -> None:
-        """A copied layer has other addresses, and makes a call of its own."""
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
-
 
 def linears(calls: list[Call], x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs of layers that share an input x, (…, n), contiguous: of one, or of several that `share_input`."""
@@ -157,31 +161,6 @@ def linears(calls: list[Call], x: torch.Tensor) -> list[torch.Tensor]:
     batch, dtype = x.numel() // calls[0].n, DTYPES[x.dtype]
     done = library().quip_linears(layers, len(ys), x.data_ptr(), out, batch, dtype, torch.get_num_threads())
     return enough_memory(done, ys)
-
-
-def gated(gate: Call, up: Call, down: Call, x: torch.Tensor) -> torch.Tensor:
-    """`down(silu(gate(x)) · up(x))`, x as for `linears`, of a gate and an up that `share_input`."""
-    y = x.new_empty(*x.shape[:-1], down.m)
-    batch, dtype = x.numel() // gate.n, DTYPES[x.dtype]
-    layers = gate.at, up.at, down.at
-    done = library().quip_gated(*layers, x.data_ptr(), y.data_ptr(), batch, dtype, torch.get_num_threads())
-    return enough_memory(done, y)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor | None:
-    """`weight · x / sqrt(mean(x²) + eps)` over the last dimension of a plain x; None if the kernel does not take it."""
-    n = weight.numel()
-    if x.shape[-1:] != (n,) or weight.dtype != x.dtype or not (weight.is_cpu and x.is_contiguous() and n):
-        return None
-    y = torch.empty_like(x)
-    sizes = x.numel() // n, n, eps, DTYPES[x.dtype]
-    library().quip_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), *sizes)
-    return y
-
-
-def share_input(calls: list[Call]) -> bool:
-    """Whether layers have one V, one number of bits and no D̃, so that one set of digits does for all of them."""
-    return all(call.structure.rescale is None and call.input_like(calls[0]) for call in calls)
 
 
 def pointers(addresses: list[int]) -> ctypes.Array:

@@ -65,7 +65,7 @@ static bool runs_here() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, product, swiglu, runs_here};
+const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, product, swiglu, attend, runs_here};
 #else
-const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

@@ -24,6 +24,10 @@ struct Backend {
                     int64_t inner, int64_t columns);
     // g (n) -> silu(g) u
     void (*swiglu)(float *g, const float *u, int64_t n);
+    // out (heads, d) = softmax(q K') V of q (heads, d), with n keys and values that are `step` numbers apart, all float
+    // (`wide`) or bfloat16; scores (heads, n) is room. d is a multiple of 16.
+    void (*attend)(const float *q, int64_t heads, int64_t d, const void *K, const void *V, int64_t n, int64_t step,
+                   bool wide, float *scores, float *out);
     bool (*runs_here)();
 };
 

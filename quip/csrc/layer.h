@@ -1,6 +1,7 @@
 // Layers that share an input: V, the packed products and U' of a batch of activations, on several threads.
 #pragma once
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "backend.h"
@@ -163,3 +164,23 @@ void product_of(const Group &g, const Backend &b, Workspace &w, int64_t batch, c
     team.wait();
     for (int64_t i = team.thread; i < g.count * batch; i += team.size) after(i / batch, g.before(i / batch), i % batch);
 }
+
+constexpr int64_t MOST = 32;     // activations at a time
+constexpr int64_t WORK = 65536;  // bytes of codes for which another thread pays, at least
+
+const Backend &chosen();
+
+// f(first, some) for up to MOST activations at a time. 0, or 1 if there is no memory.
+template <class F>
+int in_pieces(int64_t batch, F f) try {
+    for (int64_t first = 0; first < batch; first += MOST) f(first, std::min(batch - first, MOST));
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+inline const void *at(const void *x, int64_t dtype, int64_t i) {
+    return static_cast<const char *>(x) + i * (dtype == QUIP_FLOAT32 ? 4 : 2);
+}
+
+inline void *at(void *y, int64_t dtype, int64_t i) { return static_cast<char *>(y) + i * (dtype == QUIP_FLOAT32 ? 4 : 2); }
