@@ -13,6 +13,7 @@ import torch
 from quip.errors import QuipError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
+LONG = 1  # activations, for each row of the transforms' factors, from which on a dense matrix pays
 WIDEST = 2**16  # columns whose sums certainly fit 32 bits
 
 
@@ -56,6 +57,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         lib.quip_linears.argtypes = [pointer, size, pointer, pointer, size, size, size]
         lib.quip_gated.argtypes = [pointer] * 5 + [size] * 3
+        lib.quip_dense.argtypes = [pointer, pointer, size, size]
         norm = [pointer] * 3 + [size, size, ctypes.c_double, size]
         lib.quip_rms_norm.argtypes, lib.quip_rms_norm.restype = norm, None
         lib.quip_block_in.argtypes = [pointer] * 7 + [size]
@@ -133,6 +135,7 @@ class Call(Unsaved):
             *(transform(n, v_perm, v_factors), transform(self.m, u_perm, u_factors)),
         )
         self.at = ctypes.addressof(self.structure)
+        self.long = LONG * (1 + sum(len(F) for F in (*v_factors, *u_factors)))
 
     def is_current(self, buffers: dict) -> bool:
         """Whether the layer's tensors are still where they were."""
@@ -151,7 +154,24 @@ class Call(Unsaved):
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
-        return linears([self], x)[0]
+        return self.by_dense(x) if self.is_long(x) else linears([self], x)[0]
+
+    def is_long(self, x: torch.Tensor) -> bool:
+        """Whether x has so many vectors that the dense matrix, once it is made, earns back what making it costs."""
+        return x.numel() >= self.n * self.long
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's weights `(m, n)` as an ordinary matrix, `Uᵀ (s C) V D̃⁻¹`."""
+        W = torch.empty(self.m, self.n, dtype=dtype)
+        failed = library().quip_dense(self.at, W.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        return enough_memory(failed, W)
+
+    def by_dense(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer for a long prompt: one dense product."""
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 is slow on most processors
+        bias = self.tensors[3]
+        y = torch.nn.functional.linear(x.to(dtype), self.dense(dtype), None if bias is None else bias.to(dtype))
+        return y.to(x.dtype)
 
 
 def linears(calls: list[Call], x: torch.Tensor) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@
 
 namespace {
 
-const Backend *const ALL[] = {&avx512_backend, &avx2_backend, &neon_backend, &portable_backend};
+const Backend *const ALL[] = {&amx_backend, &avx512_backend, &avx2_backend, &neon_backend, &portable_backend};
 
 const Backend *best() {
     return *std::find_if(std::begin(ALL), std::end(ALL), [](const Backend *b) { return b->runs_here(); });

@@ -61,6 +61,9 @@ QUIP_API int quip_block_in(const quip_block *, const void *x, const void *cos, c
 QUIP_API int quip_block_out(const quip_block *, const void *x, const void *q, const void *K, const void *V, int64_t n,
                             int64_t head_step, int64_t step, void *y, int64_t threads);
 
+// W (m, n) = U' (s C) V / D, of `dtype`: the layer's weights as an ordinary matrix. 0, or 1 if there is no memory.
+QUIP_API int quip_dense(const quip_layer *, void *W, int64_t dtype, int64_t threads);
+
 // y (batch, m) = s C x: the product alone, as the layer computes it. 0, or 1 if there is no memory.
 QUIP_API int quip_multiply(const quip_layer *, const float *x, float *y, int64_t batch, int64_t threads);
 
