@@ -13,14 +13,15 @@ import torch
 from quip.errors import QuipError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
-LONG = 1  # activations, for each row of the transforms' factors, from which on a dense matrix pays
+LONG = 32  # activations, from which on a dense matrix may pay
+PAYS = {"avx512": 1 / 2, "neon": 1 / 2, "avx2": 1 / 4, "portable": 1 / 32}  # and does; for each column
 WIDEST = 2**16  # columns whose sums certainly fit 32 bits
 
 
 class Stage(ctypes.Structure):
     """struct quip_stage"""
 
-    _fields_ = [(k, ctypes.c_int64) for k in ("offset", "p", "q")] + [(k, ctypes.c_void_p) for k in ("L", "R")]
+    _fields_ = [(k, ctypes.c_int64) for k in ("offset", "p", "q")] + [(k, ctypes.c_void_p) for k in ("L", "R", "Rt")]
 
 
 class Transform(ctypes.Structure):
@@ -88,7 +89,7 @@ def backends() -> list[str]:
 
 
 def backend() -> str:
-    """The backend in use: avx512, avx2, neon, portable, or torch. The environment variable QUIP_CPU forces one."""
+    """The backend in use: amx, avx512, avx2, neon, portable, or torch. The environment variable QUIP_CPU forces one."""
     lib = load()[0]
     return lib.quip_backend().decode() if lib else "torch"
 
@@ -129,13 +130,14 @@ class Call(Unsaved):
         check_transform("V", n, v_perm, v_factors)
         check_transform("U", self.m, u_perm, u_factors)
         self.V, self.U = (v_perm, *v_factors), (u_perm, *u_factors)
+        self.transposed = [[R.T.contiguous() for R in factors[1::2]] for factors in (v_factors, u_factors)]
         self.addresses = tuple(map(address, self.tensors))
         self.structure = Layer(
             *(self.m, n, bits, *self.addresses, DTYPES[torch.float32 if bias is None else bias.dtype]),
-            *(transform(n, v_perm, v_factors), transform(self.m, u_perm, u_factors)),
+            transform(n, v_perm, v_factors, self.transposed[0]),
+            transform(self.m, u_perm, u_factors, self.transposed[1]),
         )
         self.at = ctypes.addressof(self.structure)
-        self.long = LONG * (1 + sum(len(F) for F in (*v_factors, *u_factors)))
 
     def is_current(self, buffers: dict) -> bool:
         """Whether the layer's tensors are still where they were."""
@@ -157,8 +159,16 @@ class Call(Unsaved):
         return self.by_dense(x) if self.is_long(x) else linears([self], x)[0]
 
     def is_long(self, x: torch.Tensor) -> bool:
-        """Whether x has so many vectors that the dense matrix, once it is made, earns back what making it costs."""
-        return x.numel() >= self.n * self.long
+        """Whether x has so many vectors that a dense matrix, once it is made, earns back what making it costs.
+
+        By measurement. With AMX the kernel is as fast as a dense product in float32, but not as one in bfloat16.
+        """
+        batch = x.numel() // self.n
+        if batch < LONG:
+            return False
+        if backend() == "amx":
+            return x.dtype == torch.bfloat16 and self.n <= min(batch, 2048)
+        return batch >= self.n * PAYS[backend()]
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weights `(m, n)` as an ordinary matrix, `Uᵀ (s C) V D̃⁻¹`."""
@@ -167,8 +177,8 @@ class Call(Unsaved):
         return enough_memory(failed, W)
 
     def by_dense(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer for a long prompt: one dense product."""
-        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 is slow on most processors
+        """The layer for a long prompt: one dense product; in float32, where 16 bits would be slower."""
+        dtype = x.dtype if x.dtype == torch.bfloat16 and backend() == "amx" else torch.float32
         bias = self.tensors[3]
         y = torch.nn.functional.linear(x.to(dtype), self.dense(dtype), None if bias is None else bias.to(dtype))
         return y.to(x.dtype)
@@ -197,12 +207,12 @@ def address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor]) -> Transform:
+def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor], transposed: list) -> Transform:
     """The structure of a transform; see `quip.incoherence.kronecker_transform`."""
-    made = Transform(perm=address(perm), stages=len(factors) // 2)
-    for i in range(len(factors) // 2):
+    made = Transform(perm=address(perm), stages=len(transposed))
+    for i, Rt in enumerate(transposed):
         L, R = factors[2 * i : 2 * i + 2]
-        made.stage[i] = Stage(width - len(L) * len(R) if i else 0, len(L), len(R), address(L), address(R))
+        made.stage[i] = Stage(width - len(L) * len(R) if i else 0, len(L), len(R), *map(address, (L, R, Rt)))
     return made
 
 

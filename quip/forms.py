@@ -90,13 +90,15 @@ class Together:
     def __init__(self, *layers: QuantizedLinear):
         self.layers, self.sure = layers, []
 
-    def calls(self) -> list[cpu.Call] | None:
-        """The kernel's calls of all layers; None if it cannot run one, or they do not share V (any more)."""
+    def calls(self, x: torch.Tensor | None = None) -> list[cpu.Call] | None:
+        """The kernel's calls of all layers, for x if it is given; None if it cannot run one, or all together."""
         found = [layer.prepared() for layer in self.layers]
         if found != self.sure:  # calls compare by identity: some layer has been changed
             if None in found or not calls.share_input(found):
                 return None
             self.sure = found
+        if x is not None and (not found[0].takes(x) or any(call.is_long(x) for call in found)):
+            return None
         return found
 
 
@@ -122,8 +124,8 @@ class Gated(Fused):
         for name, part in zip(PARTS, self.parts, strict=True):
             if self.module._modules[name] is not part or is_watched(part):
                 return None
-        outer, inner = self.outer.calls(), self.inner.calls()
-        if not (outer and inner and outer[0].takes(x)) or _has_any_global_hook():
+        outer, inner = self.outer.calls(x), self.inner.calls()
+        if outer is None or inner is None or _has_any_global_hook():
             return None
         return calls.gated(*outer, *inner, x)
 
@@ -153,8 +155,8 @@ class Shared:
             self.given_up = True
         if self.given_up or x.is_inference():  # inference tensors do not count their changes
             return None
-        found = self.together.calls()
-        if found is None or not found[0].takes(x):
+        found = self.together.calls(x)
+        if found is None:
             return None
         outputs = dict(enumerate(cpu.linears(found, x)))
         self.waiting = x, x._version, outputs
