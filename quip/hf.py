@@ -9,6 +9,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError
+from quip.fuse import fuse
 from quip.kernels import QuantizedLinear
 
 FORMAT = 2  # of packed codes and seeded transforms; a reader refuses what it does not know
@@ -66,7 +67,7 @@ class QuipHfQuantizer(HfQuantizer):
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 layer.build(name)
-        return model
+        return fuse(model)
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
         return stored_state(model), {}

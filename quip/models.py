@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .algorithm import quantize_matrix
 from .bounds import MU_WIDTH, layer_report
 from .errors import QuipError
+from .fuse import fuse
 from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
 from .kernels import QuantizedLinear
 from .methods import choose, matrix_arguments
@@ -272,6 +273,7 @@ def quantize_model(
             bar.update()
             bar.set_postfix_str(f"{seconds:.0f} s of it rounding")
     attach_config(model, bits, choices)
+    fuse(model)
     return reports
 
 

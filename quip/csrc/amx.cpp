@@ -159,6 +159,10 @@ Quantized quantize(const float *z, int64_t n, int16_t *q) { return avx512_backen
 
 void arrange(const int16_t *q, int64_t bytes, int64_t fields, int8_t *out) { avx512_backend.arrange(q, bytes, fields, out); }
 
+void scale(const int64_t *sums, int64_t n, double factor, int64_t offset, float *out) {
+    avx512_backend.scale(sums, n, factor, offset, out);
+}
+
 void product(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t to, int64_t rows,
              int64_t inner, int64_t columns) {
     avx512_backend.product(A, row_step, step, B, C, to, rows, inner, columns);
@@ -188,7 +192,7 @@ static bool runs_here() {
     return (d & TILE) && (d & INT8) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-const Backend amx_backend = {"amx", VECTOR, quantize, arrange, multiply, product, swiglu, attend, runs_here};
+const Backend amx_backend = {"amx", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};
 #else
-const Backend amx_backend = {"amx", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend amx_backend = {"amx", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

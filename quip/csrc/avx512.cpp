@@ -4,9 +4,9 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
 #endif
 
 #include "avx512.h"
@@ -41,10 +41,11 @@ inline int64_t total(Sum low, Sum high) {
 
 static bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, product, swiglu, attend, runs_here};
+const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};
 #else
-const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

@@ -19,6 +19,8 @@ struct Backend {
     // bytes, an activation vector `size` bytes of digits
     void (*multiply)(const uint8_t *codes, int64_t width, int64_t bits, int64_t rows, const int8_t *digits,
                      int64_t size, int64_t batch, int64_t *sums, int64_t stride);
+    // out (n) = factor * (2 sums - offset)
+    void (*scale)(const int64_t *sums, int64_t n, double factor, int64_t offset, float *out);
     // C (rows, columns), rows `to` apart, = A (rows, inner) B (inner, columns); A(i, k) at A[i * row_step + k * step]
     void (*product)(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t to, int64_t rows,
                     int64_t inner, int64_t columns);

@@ -120,12 +120,10 @@ inline void enter(const quip_layer &l, const Backend &b, Workspace &w, const voi
 }
 
 // The integers of rows first ... last of a product as numbers, in place: C = (2 code - top) / top.
-inline void to_floats(const quip_layer &l, Workspace &w, int64_t t, int64_t at, int64_t first, int64_t last) {
-    const int64_t top = (1 << l.bits) - 1, offset = top * w.activations[t].sum;
+inline void to_floats(const quip_layer &l, const Backend &b, Workspace &w, int64_t t, int64_t at, int64_t first, int64_t last) {
+    const int64_t top = (1 << l.bits) - 1, from = t * w.m + at + first;
     const double factor = w.activations[t].step * *l.scale / static_cast<double>(top);
-    const int64_t *sums = w.sums.data() + t * w.m + at;
-    float *out = w.out.data() + t * w.m + at;
-    for (int64_t i = first; i < last; i++) out[i] = static_cast<float>(factor * static_cast<double>(2 * sums[i] - offset));
+    b.scale(w.sums.data() + from, last - first, factor, top * w.activations[t].sum, w.out.data() + from);
 }
 
 // U' of vector t of the layer whose outputs begin at `at`, and the bias.
@@ -147,7 +145,7 @@ inline void rows_of(const Group &g, const Backend &b, Workspace &w, int64_t batc
         const int64_t last = std::min(std::max<int64_t>((team.thread + 1) * each - at, 0), l.m);
         b.multiply(l.codes + first * w.width, w.width, l.bits, last - first, w.digits.data(), w.size, batch,
                    w.sums.data() + at + first, w.m);
-        for (int64_t t = 0; t < batch; t++) to_floats(l, w, t, at, first, last);
+        for (int64_t t = 0; t < batch; t++) to_floats(l, b, w, t, at, first, last);
     }
 }
 

@@ -9,7 +9,7 @@ enum quip_dtype { QUIP_FLOAT32, QUIP_FLOAT16, QUIP_BFLOAT16 };
 // One Kronecker product: entries offset ... offset + p q, folded to X (p, q), become L X R'.
 struct quip_stage {
     int64_t offset, p, q;
-    const float *L, *R;  // (p, p) and (q, q), row by row
+    const float *L, *R, *Rt;  // (p, p), (q, q) and its transpose, row by row
 };
 
 // x -> x[perm], then the stages in order. No perm and no stage: the identity.

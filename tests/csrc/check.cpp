@@ -7,6 +7,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "quip.h"
@@ -29,7 +30,7 @@ struct Problem {
     quip_layer layer{};
     std::vector<int> code;  // (m, n)
     Exactly<uint8_t> codes;
-    Exactly<float> scale{1}, rescale, bias, LV, RV, LU, RU;
+    Exactly<float> scale{1}, rescale, bias, LV, RV, LU, RU, RVt, RUt;
     Exactly<int64_t> v, u;
 
     static int64_t width(int64_t n, int64_t bits) { return (n + 63) / 64 * 8 * bits; }
@@ -37,7 +38,7 @@ struct Problem {
     // m = pm * qm and n = pn * qn
     Problem(int64_t pm, int64_t qm, int64_t pn, int64_t qn, int64_t bits)
         : code(pm * qm * pn * qn), codes(pm * qm * width(pn * qn, bits)), rescale(pn * qn), bias(pm * qm), LV(pn * pn),
-          RV(qn * qn), LU(pm * pm), RU(qm * qm), v(pn * qn), u(pm * qm) {
+          RV(qn * qn), LU(pm * pm), RU(qm * qm), RVt(qn * qn), RUt(qm * qm), v(pn * qn), u(pm * qm) {
         const int64_t m = pm * qm, n = pn * qn, w = width(n, bits);
         for (int64_t i = 0; i < m; i++)
             for (int64_t j = 0; j < n; j++) {
@@ -53,8 +54,10 @@ struct Problem {
         if (n % 7 == 0) for (int64_t j = 0; j < n; j++) v[j] = n - 1 - j;
         for (auto [F, p] : {std::pair<float *, int64_t>{LV, pn}, {RV, qn}, {LU, pm}, {RU, qm}})
             for (int64_t i = 0; i < p * p; i++) F[i] = normal() / std::sqrt(static_cast<float>(p));
-        layer = {m, n, bits, codes, scale, rescale, bias, QUIP_FLOAT32, {v, 1, {{0, pn, qn, LV, RV}, {}}},
-                 {u, 1, {{0, pm, qm, LU, RU}, {}}}};
+        for (auto [F, Ft, q] : {std::tuple<float *, float *, int64_t>{RV, RVt, qn}, {RU, RUt, qm}})
+            for (int64_t i = 0; i < q * q; i++) Ft[i] = F[i % q * q + i / q];
+        layer = {m, n, bits, codes, scale, rescale, bias, QUIP_FLOAT32, {v, 1, {{0, pn, qn, LV, RV, RVt}, {}}},
+                 {u, 1, {{0, pm, qm, LU, RU, RUt}, {}}}};
     }
 
     // L X R' of x (p, q), or with `back` L' X R
