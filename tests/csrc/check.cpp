@@ -82,9 +82,16 @@ struct Problem {
         return y;
     }
 
-    std::vector<double> run(const float *x) const {
+    // Take another layer's V, and no D.
+    void share(const Problem &other) {
+        layer.V = other.layer.V;
+        layer.rescale = nullptr;
+    }
+
+    template <class T>
+    std::vector<double> run(const T *x) const {
         std::vector<double> z(layer.n), y(layer.m);
-        for (int64_t j = 0; j < layer.n; j++) z[j] = static_cast<double>(x[layer.V.perm[j]]) / layer.rescale[layer.V.perm[j]];
+        for (int64_t j = 0; j < layer.n; j++) z[j] = static_cast<double>(x[layer.V.perm[j]]) / (layer.rescale ? layer.rescale[layer.V.perm[j]] : 1);
         const quip_stage &V = layer.V.stage[0], &U = layer.U.stage[0];
         z = kronecker(product(kronecker(z, V.p, V.q, V.L, V.R, false)), U.p, U.q, U.L, U.R, true);
         for (int64_t i = 0; i < layer.m; i++) y[layer.U.perm[i]] = z[i] + static_cast<const float *>(layer.bias)[layer.U.perm[i]];
@@ -105,13 +112,101 @@ void compare(const char *what, const std::string &backend, const Problem &p, con
 
 void check(const std::string &backend, Problem &p, int64_t batch, int64_t threads) {
     const int64_t m = p.layer.m, n = p.layer.n;
-    Exactly<float> x(batch * n), y(batch * m), z(batch * m);
+    Exactly<float> x(batch * n), y(batch * m), z(batch * m), W(m * n);
     for (int64_t i = 0; i < batch * n; i++) x[i] = normal();
     if (quip_linear(&p.layer, x, y, batch, QUIP_FLOAT32, threads) || quip_multiply(&p.layer, x, z, batch, threads)) failures++;
+    if (quip_dense(&p.layer, W, QUIP_FLOAT32, threads)) failures++;
     for (int64_t t = 0; t < batch; t++) {
         compare("layer", backend, p, y + t * m, p.run(x + t * n));
         compare("product", backend, p, z + t * m, p.product({x + t * n, x + (t + 1) * n}));
+        for (int64_t i = 0; i < m; i++) {
+            double sum = static_cast<const float *>(p.layer.bias)[i];
+            for (int64_t j = 0; j < n; j++) sum += static_cast<double>(W[i * n + j]) * x[t * n + j];
+            y[t * m + i] = static_cast<float>(sum);
+        }
+        compare("dense matrix", backend, p, y + t * m, p.run(x + t * n));
     }
+}
+
+std::vector<double> gate(std::vector<double> g, const std::vector<double> &u) {
+    for (size_t i = 0; i < g.size(); i++) g[i] *= u[i] / (1 + std::exp(-g[i]));
+    return g;
+}
+
+void check_gated(const std::string &backend, int64_t bits, int64_t batch, int64_t threads) {
+    Problem g(3, 5, 6, 7, bits), u(3, 5, 6, 7, bits), d(4, 3, 3, 5, bits);
+    g.share(g);
+    u.share(g);
+    const int64_t n = g.layer.n, m = d.layer.m;
+    Exactly<float> x(batch * n), y(batch * m), a(batch * 15), b(batch * 15);
+    for (int64_t i = 0; i < batch * n; i++) x[i] = normal();
+    const quip_layer *const both[] = {&g.layer, &u.layer};
+    void *const out[] = {a, b};
+    if (quip_gated(&g.layer, &u.layer, &d.layer, x, y, batch, QUIP_FLOAT32, threads)) failures++;
+    if (quip_linears(both, 2, x, out, batch, QUIP_FLOAT32, threads)) failures++;
+    for (int64_t t = 0; t < batch; t++) {
+        compare("first of two", backend, g, a + t * 15, g.run(x + t * n));
+        compare("second of two", backend, u, b + t * 15, u.run(x + t * n));
+        compare("gated", backend, d, y + t * m, d.run(gate(g.run(x + t * n), u.run(x + t * n)).data()));
+    }
+}
+
+std::vector<double> norm(const std::vector<double> &x, const float *weight, double eps) {
+    double sum = 0;
+    std::vector<double> y(x.size());
+    for (double v : x) sum += v * v;
+    for (size_t i = 0; i < x.size(); i++) y[i] = x[i] * weight[i] / std::sqrt(sum / static_cast<double>(x.size()) + eps);
+    return y;
+}
+
+// A block of 2 heads of 16 numbers that share keys and values, n = 42, k = 15.
+void check_block(const std::string &backend, int64_t bits, int64_t keys, int64_t threads) {
+    const int64_t n = 42, size = 16;
+    Problem q(4, 8, 6, 7, bits), k(4, 4, 6, 7, bits), v(4, 4, 6, 7, bits), o(6, 7, 4, 8, bits);
+    Problem g(3, 5, 6, 7, bits), u(3, 5, 6, 7, bits), d(6, 7, 3, 5, bits);
+    for (Problem *p : {&q, &k, &v}) p->share(q);
+    for (Problem *p : {&g, &u}) p->share(g);
+    Exactly<float> x(n), y(n), first(n), second(n), cos(size), sin(size), Q(2 * size), K(keys * size), V(keys * size);
+    for (float *w : {static_cast<float *>(x), static_cast<float *>(first), static_cast<float *>(second)})
+        for (int64_t i = 0; i < n; i++) w[i] = normal();
+    for (int64_t i = 0; i < keys * size; i++) K[i] = normal(), V[i] = normal();
+    for (int64_t i = 0; i < size; i++) cos[i] = std::cos(i % 8 + 0.5f), sin[i] = std::sin(i % 8 + 0.5f);
+    const quip_block block{&q.layer, &k.layer, &v.layer, &o.layer, &g.layer, &u.layer, &d.layer, first, second,
+                           1e-5, 1e-6, 0.25, 2, 1, size, QUIP_FLOAT32};
+    float *lastK = K + (keys - 1) * size, *lastV = V + (keys - 1) * size;
+    if (quip_block_in(&block, x, cos, sin, Q, lastK, lastV, threads)) failures++;
+    if (quip_block_out(&block, x, Q, K, V, keys, keys * size, size, y, threads)) failures++;
+    Exactly<float> again(n);
+    quip_rms_norm(x, first, again, 1, n, 1e-5, QUIP_FLOAT32);
+
+    std::vector<double> h(x + 0, x + n), z = norm(h, first, 1e-5), heads(2 * size);
+    compare("norm", backend, o, again, z);
+    compare("values", backend, v, lastV, v.run(z.data()));
+    for (auto [p, out, count] : {std::tuple<Problem *, float *, int64_t>{&q, Q, 2}, {&k, lastK, 1}}) {
+        const std::vector<double> straight = p->run(z.data());
+        std::vector<double> turned(straight.size());
+        for (int64_t i = 0; i < count * size; i++) {
+            const double other = i % size < 8 ? -straight[i + 8] : straight[i - 8];
+            turned[i] = straight[i] * cos[i % size] + other * sin[i % size];
+        }
+        compare("turned", backend, *p, out, turned);
+    }
+    for (int64_t head = 0; head < 2; head++) {
+        double all = 0;
+        for (int64_t t = 0; t < keys; t++) {
+            double score = 0;
+            for (int64_t i = 0; i < size; i++) score += 0.25 * Q[head * size + i] * K[t * size + i];
+            all += std::exp(score);
+            for (int64_t i = 0; i < size; i++) heads[head * size + i] += std::exp(score) * V[t * size + i];
+        }
+        for (int64_t i = 0; i < size; i++) heads[head * size + i] /= all;
+    }
+    const std::vector<double> attended = o.run(heads.data());
+    for (int64_t i = 0; i < n; i++) h[i] += attended[i];
+    z = norm(h, second, 1e-6);
+    const std::vector<double> made = d.run(gate(g.run(z.data()), u.run(z.data())).data());
+    for (int64_t i = 0; i < n; i++) h[i] += made[i];
+    compare("block", backend, d, y, h);
 }
 
 }  // namespace
@@ -125,12 +220,18 @@ int main() {
         if (quip_use(name.c_str()) || name != quip_backend()) failures++;
         for (const auto &s : shapes)
             for (int64_t bits = 2; bits <= 4; bits++)
-                for (int64_t batch : {1, 2, 5, 66}) {
-                    if (batch == 66 && s[0] != 4) continue;
+                for (int64_t batch : {1, 2, 5, 21, 66}) {
+                    if (batch > 5 && s[0] != 4) continue;
                     Problem p(s[0], s[1], s[2], s[3], bits);
                     check(name, p, batch, 1 + batch % 2);
                     checks++;
                 }
+        for (int64_t bits = 2; bits <= 4; bits++)
+            for (int64_t count : {1, 2, 7, 35}) {
+                check_gated(name, bits, count, 1 + count % 2);
+                check_block(name, bits, count, 1 + count % 2);
+                checks += 2;
+            }
         std::printf("%s ", name.c_str());
     }
     if (quip_use("none") != 1) failures++;
