@@ -159,30 +159,35 @@ std::vector<double> norm(const std::vector<double> &x, const float *weight, doub
     return y;
 }
 
-// A block of 2 heads of 16 numbers that share keys and values, n = 42, k = 15.
-void check_block(const std::string &backend, int64_t bits, int64_t keys, int64_t threads) {
-    const int64_t n = 42, size = 16;
-    Problem q(4, 8, 6, 7, bits), k(4, 4, 6, 7, bits), v(4, 4, 6, 7, bits), o(6, 7, 4, 8, bits);
-    Problem g(3, 5, 6, 7, bits), u(3, 5, 6, 7, bits), d(6, 7, 3, 5, bits);
+// A block: two queries for each of `shared` keys of 16 numbers. The large one is work for several threads.
+void check_block(const std::string &backend, int64_t bits, int64_t keys, int64_t threads, bool large) {
+    const int64_t size = 16, a = large ? 24 : 6, b = large ? 24 : 7, c = large ? 32 : 3, e = large ? 32 : 5;
+    const int64_t n = a * b, shared = large ? 8 : 1, h = 2 * shared;
+    Problem q(h, size, a, b, bits), k(shared, size, a, b, bits), v(shared, size, a, b, bits), o(a, b, h, size, bits);
+    Problem g(c, e, a, b, bits), u(c, e, a, b, bits), d(a, b, c, e, bits);
     for (Problem *p : {&q, &k, &v}) p->share(q);
     for (Problem *p : {&g, &u}) p->share(g);
-    Exactly<float> x(n), y(n), first(n), second(n), cos(size), sin(size), Q(2 * size), K(keys * size), V(keys * size);
+    Exactly<float> x(n), y(n), first(n), second(n), cos(size), sin(size), Q(h * size);
+    Exactly<float> K(shared * keys * size), V(shared * keys * size), newK(shared * size), newV(shared * size);
     for (float *w : {static_cast<float *>(x), static_cast<float *>(first), static_cast<float *>(second)})
         for (int64_t i = 0; i < n; i++) w[i] = normal();
-    for (int64_t i = 0; i < keys * size; i++) K[i] = normal(), V[i] = normal();
+    for (int64_t i = 0; i < shared * keys * size; i++) K[i] = normal(), V[i] = normal();
     for (int64_t i = 0; i < size; i++) cos[i] = std::cos(i % 8 + 0.5f), sin[i] = std::sin(i % 8 + 0.5f);
     const quip_block block{&q.layer, &k.layer, &v.layer, &o.layer, &g.layer, &u.layer, &d.layer, first, second,
-                           1e-5, 1e-6, 0.25, 2, 1, size, QUIP_FLOAT32};
-    float *lastK = K + (keys - 1) * size, *lastV = V + (keys - 1) * size;
-    if (quip_block_in(&block, x, cos, sin, Q, lastK, lastV, threads)) failures++;
+                           1e-5, 1e-6, 0.25, h, shared, size, QUIP_FLOAT32};
+    if (quip_block_in(&block, x, cos, sin, Q, newK, newV, threads)) failures++;
+    for (int64_t i = 0; i < shared * size; i++) {
+        const int64_t last = (i / size * keys + keys - 1) * size + i % size;
+        K[last] = newK[i], V[last] = newV[i];
+    }
     if (quip_block_out(&block, x, Q, K, V, keys, keys * size, size, y, threads)) failures++;
     Exactly<float> again(n);
     quip_rms_norm(x, first, again, 1, n, 1e-5, QUIP_FLOAT32);
 
-    std::vector<double> h(x + 0, x + n), z = norm(h, first, 1e-5), heads(2 * size);
+    std::vector<double> y_(x + 0, x + n), z = norm(y_, first, 1e-5), heads(h * size);
     compare("norm", backend, o, again, z);
-    compare("values", backend, v, lastV, v.run(z.data()));
-    for (auto [p, out, count] : {std::tuple<Problem *, float *, int64_t>{&q, Q, 2}, {&k, lastK, 1}}) {
+    compare("values", backend, v, newV, v.run(z.data()));
+    for (auto [p, out, count] : {std::tuple<Problem *, float *, int64_t>{&q, Q, h}, {&k, newK, shared}}) {
         const std::vector<double> straight = p->run(z.data());
         std::vector<double> turned(straight.size());
         for (int64_t i = 0; i < count * size; i++) {
@@ -191,22 +196,23 @@ void check_block(const std::string &backend, int64_t bits, int64_t keys, int64_t
         }
         compare("turned", backend, *p, out, turned);
     }
-    for (int64_t head = 0; head < 2; head++) {
+    for (int64_t head = 0; head < h; head++) {
+        const float *ks = K + head / 2 * keys * size, *vs = V + head / 2 * keys * size;
         double all = 0;
         for (int64_t t = 0; t < keys; t++) {
             double score = 0;
-            for (int64_t i = 0; i < size; i++) score += 0.25 * Q[head * size + i] * K[t * size + i];
+            for (int64_t i = 0; i < size; i++) score += 0.25 * Q[head * size + i] * ks[t * size + i];
             all += std::exp(score);
-            for (int64_t i = 0; i < size; i++) heads[head * size + i] += std::exp(score) * V[t * size + i];
+            for (int64_t i = 0; i < size; i++) heads[head * size + i] += std::exp(score) * vs[t * size + i];
         }
         for (int64_t i = 0; i < size; i++) heads[head * size + i] /= all;
     }
     const std::vector<double> attended = o.run(heads.data());
-    for (int64_t i = 0; i < n; i++) h[i] += attended[i];
-    z = norm(h, second, 1e-6);
+    for (int64_t i = 0; i < n; i++) y_[i] += attended[i];
+    z = norm(y_, second, 1e-6);
     const std::vector<double> made = d.run(gate(g.run(z.data()), u.run(z.data())).data());
-    for (int64_t i = 0; i < n; i++) h[i] += made[i];
-    compare("block", backend, d, y, h);
+    for (int64_t i = 0; i < n; i++) y_[i] += made[i];
+    compare("block", backend, d, y, y_);
 }
 
 }  // namespace
@@ -229,9 +235,10 @@ int main() {
         for (int64_t bits = 2; bits <= 4; bits++)
             for (int64_t count : {1, 2, 7, 35}) {
                 check_gated(name, bits, count, 1 + count % 2);
-                check_block(name, bits, count, 1 + count % 2);
+                check_block(name, bits, count, 1 + count % 2, false);
                 checks += 2;
             }
+        for (int64_t threads : {1, 2, 3}) check_block(name, 2, 19, threads, true);
         std::printf("%s ", name.c_str());
     }
     if (quip_use("none") != 1) failures++;
