@@ -179,8 +179,8 @@ __device__ u32 code_pair(const Words& w, int pair) {
 template <int TILES>
 __device__ void multiply(PTR(float) z, LATE(half16) x, LATE(float) sums, PTR(const u8) weights, PTR(const float) scale,
                          int m, int n, int vectors, int digits, int parts) {
-    constexpr int DEPTH = 2;
-    constexpr int TOGETHER = TILES == 1 ? 4 >> BITS - 2 : 4 / TILES;  // loads of x for a tile at once
+    constexpr int DEPTH = TILES == 1 && BITS == 2 ? 3 : 2;
+    constexpr int TOGETHER = TILES == 2 ? 2 : 8 / TILES;  // loads of x for a tile at once
     constexpr int CHAINS = TILES == 1 ? 2 : 1;  // a tile's product takes a while, and the next need not wait for it
     SHARED(float, partial, MOST_WARPS * TILES * 128);
     SHARED(float, offset, TILES * 8);
@@ -257,7 +257,7 @@ __device__ void multiply(PTR(float) z, LATE(half16) x, LATE(float) sums, PTR(con
 }
 #define PRODUCT PTR(float) z, LATE(half16) x, LATE(float) sums, PTR(const u8) weights, PTR(const float) scale, \
                 int m, int n, int vectors, int digits, int parts
-KERNEL multiply_8(PRODUCT) { multiply<1>(z, x, sums, weights, scale, m, n, vectors, digits, parts); }
+KERNEL_2 multiply_8(PRODUCT) { multiply<1>(z, x, sums, weights, scale, m, n, vectors, digits, parts); }
 KERNEL_2 multiply_16(PRODUCT) { multiply<2>(z, x, sums, weights, scale, m, n, vectors, digits, parts); }
 KERNEL_1 multiply_32(PRODUCT) { multiply<4>(z, x, sums, weights, scale, m, n, vectors, digits, parts); }
 """
