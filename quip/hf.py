@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quip import families
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
 
@@ -19,8 +21,9 @@ class QuipConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: what must be known before its tensors are read.
 
     `bits` (2, 3 or 4), `rescale` (whether layers store D̃), `incoherence` and `permute` (what V and U are) hold for
-    every quantized layer; the linear layers named in `modules_to_not_convert` are ordinary ones. `format` is the
-    version of the file format.
+    every quantized layer, except that `bits_for` gives the width of layers, by full name, where it is another. Those
+    named in `modules_to_not_convert` are ordinary ones. `format` is the version of the file format. Raises `QuipError`
+    for anything else.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class QuipConfig(QuantizationConfigMixin):
         incoherence: str = "kron",
         permute: bool = True,
         modules_to_not_convert: list[str] | None = None,
+        bits_for: dict[str, int] | None = None,
         format: int = FORMAT,
         **kwargs,
     ):
@@ -37,12 +41,30 @@ class QuipConfig(QuantizationConfigMixin):
         self.bits, self.rescale, self.format = bits, rescale, format
         self.incoherence, self.permute = incoherence, permute
         self.modules_to_not_convert = modules_to_not_convert or []
-        if bits not in (2, 3, 4) or isinstance(bits, bool):
-            raise QuipError(f"quantization_config: bits must be 2, 3 or 4, got {bits!r}")
-        if incoherence not in ("kron", "none"):
-            raise QuipError(f"quantization_config: incoherence must be 'kron' or 'none', got {incoherence!r}")
-        if format != FORMAT:
-            raise QuipError(f"quantization_config: this version of quip reads format {FORMAT}, not {format!r}")
+        self.bits_for = bits_for or {}
+        self.check()
+
+    def check(self) -> None:
+        """Raise `QuipError` unless every field has a value that can be."""
+        if type(self.format) is not int or self.format != FORMAT:
+            refuse(f"this version of quip reads format {FORMAT}, not {self.format!r}")
+        if not isinstance(self.bits_for, dict):
+            refuse(f"bits_for must map names of layers to widths, got {self.bits_for!r}")
+        for name, bits in (("bits", self.bits), *((f"bits_for {name!r}", b) for name, b in self.bits_for.items())):
+            if type(bits) is not int or bits not in (2, 3, 4):
+                refuse(f"{name} must be 2, 3 or 4, got {bits!r}")
+        for name in ("rescale", "permute"):
+            if type(getattr(self, name)) is not bool:
+                refuse(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.incoherence not in ("kron", "none"):
+            refuse(f"incoherence must be 'kron' or 'none', got {self.incoherence!r}")
+        kept = self.modules_to_not_convert
+        if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+            refuse(f"modules_to_not_convert must be a list of names, got {kept!r}")
+
+
+def refuse(message: str) -> NoReturn:
+    raise QuipError(f"quantization_config: {message}")
 
 
 @register_quantizer("quip")
@@ -55,12 +77,11 @@ class QuipHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         config = self.quantization_config
         stored = config.rescale, config.incoherence, config.permute
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, torch.nn.Linear) and should_convert_module(name, config.modules_to_not_convert):
-                with torch.device("meta"):
-                    size = layer.in_features, layer.out_features
-                    empty = QuantizedLinear(*size, config.bits, layer.bias is not None, *stored)
-                model.set_submodule(name, empty)
+        for name, (layer, bits) in layers_to_convert(model, config).items():
+            m, n = families.weight(layer).shape
+            with torch.device("meta"):
+                empty = QuantizedLinear(n, m, bits, layer.bias is not None, *stored)
+            model.set_submodule(name, empty)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, layer in model.named_modules():
@@ -77,6 +98,23 @@ class QuipHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self):
         return False
+
+
+def layers_to_convert(model: PreTrainedModel, config: QuipConfig) -> dict[str, tuple[torch.nn.Module, int]]:
+    """The layers that are quantized in a checkpoint, by name in this model, each with its width in bits.
+
+    They lie in the decoder blocks. Names in the file are those of the causal model; that model's base alone, as
+    `AutoModel` makes it, lacks their prefix. Raises `QuipError` for a name that is no layer of the model.
+    """
+    prefix, blocks = families.decoder_blocks(model)
+    layers = {f"{prefix}.{name}": layer for name, layer in families.quantizable(blocks).items()}
+    base = f"{model.base_model_prefix}." if model.base_model is model else ""
+    bits_for = {name.removeprefix(base): bits for name, bits in config.bits_for.items()}
+    kept = {name.removeprefix(base) for name in config.modules_to_not_convert}
+    unknown = sorted(bits_for.keys() - (layers.keys() - kept))
+    if unknown:
+        refuse(f"bits_for names {unknown[0]}, which is no quantized layer of {type(model).__name__}")
+    return {name: (layer, bits_for.get(name, config.bits)) for name, layer in layers.items() if name not in kept}
 
 
 def storage_dtype(model: PreTrainedModel) -> torch.dtype:
