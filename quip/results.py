@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quip import bench, bounds, cpu, data, evaluate, models
+from quip import bench, bounds, cpu, data, evaluate, models, needs
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
 from quip.cli import ProgressBar, fail, pick_device, print_rows, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
@@ -324,6 +324,14 @@ def run_generate(args: argparse.Namespace) -> None:
     write_record(args.out or "book/results/generate.json", {"about": about, "rows": rows})
 
 
+def run_needs(args: argparse.Namespace) -> None:
+    """Memory, disk and time that whole models take, computed from parts measured here on one thread"""
+    about = {"command": args.command, **provenance(torch.device("cpu")), "threads": 1}
+    parts = needs.measure_parts(4096)
+    rows = [{"model": name, "bits": 2, **needs.needs(shapes, parts)} for name, shapes in needs.MODELS.items()]
+    write_record(args.out or "book/results/needs.json", {"about": about, "parts": parts, "rows": rows})
+
+
 def write_record(path: str, record: dict) -> None:
     """Write a record as JSON, its figures to four digits, all at once or not at all."""
 
@@ -352,6 +360,7 @@ EXPERIMENTS = {
     "perplexity": run_perplexity,
     "kernels": run_kernels,
     "generate": run_generate,
+    "needs": run_needs,
 }
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class WorkFolder:
             self.remove()
         os.close(self.lock)
         if kind is KeyboardInterrupt and done:
-            kept = f"{done} blocks are done and kept in {self.path}"
+            kept = f"the blocks that are done ({done}) are kept in {self.path}"
             raise KeyboardInterrupt(f"{kept}; the same command goes on from there") from None
 
     def clear(self, there: list[Path]) -> None:

@@ -181,12 +181,18 @@ class ShardedBlocks(KeptBlocks):
     def assemble(self) -> None:
         """The whole quantized model, its tensors mapped from the files of blocks and of the original, in 16 bits."""
         state = self.model.state_dict()
-        outside = self.shards.read(self.outside)
-        self.put({name: in_16_bits(x, state[name].dtype, self.dtype) for name, x in outside.items()})
+        for name in self.outside:
+            self.put({name: in_16_bits(self.shards.read([name])[name], state[name].dtype, self.dtype)})
         for i in range(len(self.blocks)):
             self.put({f"{self.prefix}.{i}.{name}": x for name, x in self.work.read(i)[0].items()})
 
 
 def in_16_bits(x: torch.Tensor, dtype: torch.dtype, stored: torch.dtype) -> torch.Tensor:
     """A tensor as it is stored, if the model runs in `dtype`; the tensor itself, if that is what it is."""
-    return x.to(dtype).to(stored) if x.is_floating_point() else x
+    if not x.is_floating_point() or x.dtype == stored:
+        return x
+    rounded = torch.empty_like(x, dtype=stored)
+    parts = (t.view(-1).split(1 << 22) for t in (rounded, x))  # a vocabulary is large
+    for target, part in zip(*parts, strict=True):
+        target.copy_(part.to(dtype))
+    return rounded

@@ -1,5 +1,6 @@
-"""A Llama of random weights and about 1.1 billion parameters (the shapes of TinyLlama) in bfloat16 shards, never held
-whole; and the peak memory of quantizing it, in a process of its own: `python tests/large.py FOLDER`."""
+"""A Llama of random weights and a billion parameters in bfloat16 shards, half of them in eleven blocks of the shapes of
+TinyLlama, half in the vocabulary of Llama 3; and the peak memory of quantizing it, in a process of its own:
+`python tests/large.py MODEL OUT TEXT`."""
 
 import json
 import os
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 CONFIG = {
-    "vocab_size": 32000,
+    "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 5632,
-    "num_hidden_layers": 22,
+    "num_hidden_layers": 11,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,

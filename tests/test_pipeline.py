@@ -272,7 +272,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_resumes(shards, run, tmp_path,
     source = shards(tiny_llama(num_hidden_layers=4))
     run(source, tmp_path / "expected")
     said = interrupted(monkeypatch, run, source, tmp_path / "out", after=3)
-    assert str(said) == f"3 blocks are done and kept in {tmp_path / 'out.part'}; the same command goes on from there"
+    kept = f"the blocks that are done (3) are kept in {tmp_path / 'out.part'}"
+    assert str(said) == f"{kept}; the same command goes on from there"
     again, original = [], models.quantize_block
     monkeypatch.setattr(models, "quantize_block", lambda *args: again.append(args[2]) or original(*args))
     run(source, tmp_path / "out")
@@ -469,7 +470,7 @@ def test_a_billion_parameters_in_less_than_three_gigabytes(tmp_path, tokenizer, 
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     result = json.loads(ended.stdout)
     print(result)
-    assert result["layers"] == 22 * 7
+    assert result["layers"] == 11 * 7
     assert result["peak"] < 3e9
     info = checkpoint_info(tmp_path / "out")
     assert info["totals"]["quantized_weights"] + info["totals"]["other_parameters"] == parameters
