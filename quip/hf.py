@@ -82,6 +82,9 @@ class QuipHfQuantizer(HfQuantizer):
             with torch.device("meta"):
                 empty = QuantizedLinear(n, m, bits, layer.bias is not None, *stored)
             model.set_submodule(name, empty)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+                parent._is_hf_initialized = True  # else GPT-2 would start the weights of `c_proj`, which is no more
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, layer in model.named_modules():
