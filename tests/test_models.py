@@ -144,7 +144,7 @@ def test_layers_that_share_an_input_share_its_transform(token_ids):
 def test_moments_are_the_mean_outer_products_of_each_layers_inputs(token_ids):
     model = tiny_llama()
     block = model.model.layers[0]
-    hidden, others = models.block_inputs(model, token_ids)
+    hidden, (others, _) = models.block_inputs(model, token_ids)
     seen = []
     with torch.no_grad(), models.hooks({block.mlp.down_proj: lambda module, args: seen.append(args[0].double())}):
         moments = {tuple(names): m for names, m in models.input_moments(block, hidden, others)}
@@ -165,10 +165,10 @@ def test_later_blocks_are_calibrated_on_what_quantized_blocks_produce(token_ids)
     model, dense = tiny_llama(), tiny_llama()
     models.round_to_16_bits(dense)
     reports = quantized(model, token_ids, bits=2)
-    hidden, others = models.block_inputs(model, token_ids)
+    hidden, (others, last) = models.block_inputs(model, token_ids)
     with torch.no_grad():
         hidden = [models.run_block(model.model.layers[0], x, others) for x in hidden]
-    H = models.input_moments(dense.model.layers[1], hidden, others)[0][1].H
+    H = models.input_moments(dense.model.layers[1], hidden, last)[0][1].H
     layer = model.model.layers[1].self_attn.q_proj
     What = layer(torch.eye(48)).T.double().detach()
     loss = relative_proxy_loss(What, dense.model.layers[1].self_attn.q_proj.weight.double(), H)
