@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers as T
 
-from quip import families
+from quip import families, models
 from quip.errors import QuipError
+from quip.kernels import QuantizedLinear
 
 TOKENS = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
 LLAMA = {
@@ -195,3 +196,40 @@ def test_experts_in_a_list_are_not_the_blocks():
         {"layers": torch.nn.ModuleList([expert]), "other": torch.nn.ModuleList([expert[0]] * 3)}
     )
     assert families.decoder_blocks(model)[0] == "layers"
+
+
+@pytest.fixture
+def reloaded(tmp_path, tokenizer):
+    """Saves a quantized model and loads what was saved, in a class of its own or as a causal model."""
+
+    def reload(model, reports, cls=T.AutoModelForCausalLM):
+        models.save_model(model, tokenizer, tmp_path / "out", reports, {"model": "tiny"})
+        return cls.from_pretrained(tmp_path / "out")
+
+    return reload
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids[:2]).logits.float()
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_checkpoint_is_the_model_that_was_quantized(family, ids, reloaded):
+    model = tiny(family)
+    before = logits(model, ids)
+    reports = models.quantize_model(model, ids, bits=3, progress=False)
+    expected = logits(model, ids)
+    assert 1e-3 < relative_error(expected, before) < 1
+    loaded = reloaded(model, reports)
+    assert relative_error(logits(loaded, ids), expected) < 1e-5
+    layers = [m for m in loaded.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == len(reports) == 2 * len(FAMILIES[family][2].split())
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    text = loaded.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), **options)
+    assert text.shape == (1, 45)
+    assert torch.equal(text, model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), **options))
