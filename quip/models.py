@@ -33,6 +33,7 @@ from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
 from .kernels import QuantizedLinear
 from .methods import choose, matrix_arguments
 from .proxy import SecondMoment, check_hessian
+from .verify import check_loading
 
 REPORT = "quip_report.json"
 
@@ -69,18 +70,25 @@ def hub_answers(name: str) -> bool:
 
 
 def load_model(
-    source: str, device: str = "cpu", dtype: torch.dtype | str | None = None
+    source: str,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, object]:
     """Load a causal model and its tokenizer from a hub name, a folder, a `.gguf` file or `smollm2`; in eval mode.
 
-    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. Nothing runs code from the hub.
-    Raises `QuipError` if there is no such model or its files are damaged.
+    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. `trust_remote_code`: run code
+    that comes with the model, which can do anything. Raises `QuipError` if there is no such model, or its files are
+    damaged or lack a weight.
     """
     where, more = find_model(source)
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **more)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **more)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **more
+        )
+        check_loading(model, info)
     except QuipError:
         raise
     except Exception as e:  # Transformers reports missing and damaged models through a dozen types
