@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip import families
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
+from quip.lora import register_lora
 from quip.verify import check_files, check_values
 
 FORMAT = 2  # of packed codes and seeded transforms; a reader refuses what it does not know
@@ -78,6 +79,10 @@ class QuipHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: QuipConfig
 
+    def __init__(self, quantization_config: QuipConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        register_lora()
+
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         stored = config.rescale, config.incoherence, config.permute
@@ -106,7 +111,7 @@ class QuipHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return False
+        return True  # adapters beside the layers, that is: gradients pass through them
 
 
 def layers_to_convert(model: PreTrainedModel, config: QuipConfig) -> dict[str, tuple[torch.nn.Module, int]]:
