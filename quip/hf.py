@@ -49,6 +49,10 @@ class QuipConfig(QuantizationConfigMixin):
         self.bits_for = {} if bits_for is None else bits_for
         self.check()
 
+    def to_diff_dict(self) -> dict:
+        """All of it; Transformers 5.0 asks for this to show the configuration."""
+        return self.to_dict()
+
     def check(self) -> None:
         """Raise `QuipError` unless every field has a value that can be."""
         if type(self.format) is not int or self.format != FORMAT:
@@ -99,6 +103,8 @@ class QuipHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
+                if layer.qweight.is_meta:
+                    raise QuipError(f"{name}: packed codes cannot be left on disk; load without offload_buffers")
                 layer.build(name)
                 check_values(name, layer)
         return model
