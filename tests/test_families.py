@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as T
 
-from quip import families, models
+from quip import families, quantize_model, save_model
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
 
@@ -207,7 +207,7 @@ def reloaded(tmp_path, tokenizer):
     """Saves a quantized model and loads what was saved, in a class of its own or as a causal model."""
 
     def reload(model, reports, cls=T.AutoModelForCausalLM):
-        models.save_model(model, tokenizer, tmp_path / "out", reports, {"model": "tiny"})
+        save_model(model, tokenizer, tmp_path / "out", reports, {"model": "tiny"})
         return cls.from_pretrained(tmp_path / "out")
 
     return reload
@@ -226,7 +226,7 @@ def relative_error(a, b):
 def test_a_loaded_checkpoint_is_the_model_that_was_quantized(family, ids, reloaded):
     model = tiny(family)
     before = logits(model, ids)
-    reports = models.quantize_model(model, ids, bits=3, progress=False)
+    reports = quantize_model(model, ids, bits=3)
     expected = logits(model, ids)
     assert 1e-3 < relative_error(expected, before) < 1
     loaded = reloaded(model, reports)

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from quip import models
+from quip import load_model, quantize_model, save_model
 from quip.errors import QuipError
 from quip.hf import QuipConfig
 from quip.kernels import QuantizedLinear
@@ -20,13 +20,13 @@ from quip.kernels import QuantizedLinear
 @pytest.fixture
 def model(token_ids):
     model = tiny_llama(attention_bias=True)
-    models.quantize_model(model, token_ids, bits=3, progress=False)
+    quantize_model(model, token_ids, bits=3)
     return model
 
 
 @pytest.fixture
 def folder(model, tokenizer, tmp_path):
-    return models.save_model(model, tokenizer, tmp_path / "out", {}, {})
+    return save_model(model, tokenizer, tmp_path / "out", {}, {})
 
 
 @torch.no_grad()
@@ -36,12 +36,12 @@ def logits(model, ids):
 
 def test_layers_of_other_widths(model, token_ids, tokenizer, tmp_path):
     wider = tiny_llama(attention_bias=True)
-    models.quantize_model(wider, token_ids, bits=4, progress=False)
+    quantize_model(wider, token_ids, bits=4)
     widths = {"model.layers.0.mlp.down_proj": 4, "model.layers.1.self_attn.q_proj": 4}
     for name in widths:
         model.set_submodule(name, wider.get_submodule(name))
     model.config.quantization_config.bits_for = widths
-    models.save_model(model, tokenizer, tmp_path / "out", {}, {})
+    save_model(model, tokenizer, tmp_path / "out", {}, {})
     for cls, base in ((AutoModelForCausalLM, ""), (AutoModel, "model.")):
         loaded = cls.from_pretrained(tmp_path / "out")
         layers = {name: m.bits for name, m in loaded.named_modules() if isinstance(m, QuantizedLinear)}
@@ -59,7 +59,7 @@ def test_layers_that_were_left_alone(model, token_ids, tokenizer, tmp_path):
     plain = tiny_llama(attention_bias=True).get_submodule(name)
     model.set_submodule(name, plain)
     model.config.quantization_config.modules_to_not_convert.append(name)
-    models.save_model(model, tokenizer, tmp_path / "out", {}, {})
+    save_model(model, tokenizer, tmp_path / "out", {}, {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.get_submodule(name).weight, plain.weight.half().float())
     assert isinstance(loaded.get_submodule(name.replace("1", "0")), QuantizedLinear)
@@ -143,7 +143,7 @@ def test_push_to_hub(way, model, tokenizer, token_ids, hub, tmp_path):
         model.save_pretrained(str(tmp_path / "local"), push_to_hub=True, repo_id="somebody/tiny-2bit")
     tokenizer.push_to_hub("somebody/tiny-2bit")
     repo = hub / "somebody/tiny-2bit"
-    loaded, _ = models.load_model(str(repo))
+    loaded, _ = load_model(str(repo))
     assert torch.allclose(logits(loaded, token_ids), logits(model, token_ids), atol=1e-5)
     assert AutoTokenizer.from_pretrained(repo)("hello").input_ids == tokenizer("hello").input_ids
     assert json.loads((repo / "config.json").read_text())["quantization_config"]["quant_method"] == "quip"

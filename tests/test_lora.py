@@ -7,7 +7,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from quip import models
+from quip import quantize_model, save_model
 from quip.errors import QuipError
 
 peft = pytest.importorskip("peft")
@@ -22,8 +22,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 def folder(tmp_path_factory):
     model, out = tiny_llama(), tmp_path_factory.mktemp("lora") / "out"
     ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
-    reports = models.quantize_model(model, ids, bits=3, progress=False)
-    return models.save_model(model, byte_tokenizer(), out, reports, {"model": "tiny"})
+    reports = quantize_model(model, ids, bits=3)
+    return save_model(model, byte_tokenizer(), out, reports, {"model": "tiny"})
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_transformers_adds_an_adapter_itself(model, token_ids):
 
 def test_a_model_quantized_in_memory_takes_adapters_too(token_ids):
     model = tiny_llama()
-    models.quantize_model(model, token_ids, bits=2, progress=False)
+    quantize_model(model, token_ids, bits=2)
     assert adapted(model)(token_ids).logits.isfinite().all()
 
 

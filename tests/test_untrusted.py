@@ -9,7 +9,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from quip import cli, models
+from quip import cli, load_model, quantize_model, save_model
 from quip.errors import QuipError
 
 LAYER = "model.layers.1.self_attn.k_proj"
@@ -21,8 +21,8 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original") / "out"
     model = tiny_llama(attention_bias=True, mlp_bias=True)
     ids = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(1))
-    reports = models.quantize_model(model, ids, bits=3, preset="paper", progress=False)
-    return models.save_model(model, byte_tokenizer(), folder, reports, {"model": "tiny"})
+    reports = quantize_model(model, ids, bits=3, preset="paper")
+    return save_model(model, byte_tokenizer(), folder, reports, {"model": "tiny"})
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def refused(folder, capsys):
 
     def check(*words):
         with pytest.raises(QuipError) as e:
-            models.load_model(str(folder))
+            load_model(str(folder))
         message = str(e.value)
         assert message.strip() and "\n" not in message.strip()
         assert all(word in message for word in words), message
@@ -133,7 +133,7 @@ def test_sizes_are_checked_against_the_files_before_anything_is_allocated(field,
 
 def test_names_that_change_nothing_are_accepted(folder, original):
     edit_config(folder, lambda c: c["quantization_config"].update(modules_to_not_convert=[], bits_for={LAYER: 3}))
-    a, b = (dense(models.load_model(str(f))[0]) for f in (original, folder))
+    a, b = (dense(load_model(str(f))[0]) for f in (original, folder))
     assert all(torch.equal(x, b[name]) for name, x in a.items())
 
 
@@ -158,7 +158,7 @@ def test_every_tensor_of_a_layer_is_checked(part, original, tmp_path):
         changed = {name: y for name, y in {**tensors, key: x}.items() if y is not None}
         save_file(changed, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(QuipError, match=f"^{key}[^\n]*$".replace(".", r"\.").replace(r"[^\n]\.", r"[^\n]")):
-            models.load_model(str(folder))
+            load_model(str(folder))
             pytest.fail(f"{what}: accepted")
 
 
@@ -210,14 +210,14 @@ def test_values_that_no_quantization_makes_are_refused(part, index, value, folde
 )
 def test_values_that_could_be_are_loaded_and_change_their_layer_alone(part, change, folder, original):
     edit_tensors(folder, lambda t: change(t[f"{LAYER}.{part}"]))
-    a, b = (dense(models.load_model(str(f))[0]) for f in (original, folder))
+    a, b = (dense(load_model(str(f))[0]) for f in (original, folder))
     assert [name for name in a if not torch.equal(a[name], b[name])] == [LAYER]
 
 
 def test_bits_between_the_rows_of_codes_mean_nothing(folder, original):
     """48 codes of 3 bits fill 18 of the 24 bytes of a row."""
     edit_tensors(folder, lambda t: t[f"{LAYER}.qweight"][:, [13, 15, 23]].fill_(255))
-    a, b = (dense(models.load_model(str(f))[0]) for f in (original, folder))
+    a, b = (dense(load_model(str(f))[0]) for f in (original, folder))
     assert all(torch.equal(x, b[name]) for name, x in a.items())
 
 
@@ -239,7 +239,7 @@ def test_weight_files_cut_anywhere_are_refused(folder, original):
     for place in sorted(places - {len(whole)}):
         (folder / "model.safetensors").write_bytes(whole[:place])
         with pytest.raises(QuipError, match=r"^[^\n]*model\.safetensors[^\n]*$"):
-            models.load_model(str(folder))
+            load_model(str(folder))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 100, 2**31, 2**40, 2**63, 2**64 - 1])
@@ -273,7 +273,7 @@ def test_headers_that_lie_are_refused(what, folder, refused):
 def test_a_header_with_any_byte_changed_is_refused_or_says_the_same(folder, original):
     whole = (original / "model.safetensors").read_bytes()
     size, _ = header_of(whole)
-    expected = dense(models.load_model(str(original))[0])
+    expected = dense(load_model(str(original))[0])
     g = torch.Generator().manual_seed(0)
     outcomes = []
     for place in torch.randint(8, 8 + size, (40,), generator=g).tolist():
@@ -281,7 +281,7 @@ def test_a_header_with_any_byte_changed_is_refused_or_says_the_same(folder, orig
         changed[place] ^= 1 << torch.randint(0, 7, (), generator=g).item()
         (folder / "model.safetensors").write_bytes(changed)
         try:
-            model = models.load_model(str(folder))[0]
+            model = load_model(str(folder))[0]
         except QuipError as e:
             assert "\n" not in str(e).strip()
             outcomes.append("refused")
@@ -297,7 +297,7 @@ def test_other_files_cut_anywhere_are_refused(name, folder, original):
     for place in (0, 1, len(whole) // 3, len(whole) // 2, len(whole.rstrip()) - 1):
         (folder / name).write_text(whole[:place])
         with pytest.raises(QuipError) as e:
-            models.load_model(str(folder))
+            load_model(str(folder))
         assert "\n" not in str(e.value).strip()
 
 
@@ -310,11 +310,11 @@ def test_a_config_that_is_none_is_refused(content, folder, refused):
 @pytest.fixture
 def sharded(folder):
     """The checkpoint in several files, with an index."""
-    model, _ = models.load_model(str(folder))
+    model, _ = load_model(str(folder))
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    assert models.load_model(str(folder))
+    assert load_model(str(folder))
     return folder
 
 
@@ -395,5 +395,5 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(part, folder, refus
         edit_config(folder, lambda c: c.update(tokenizer_class="Tokenizer", auto_map=name), "tokenizer_config.json")
     refused("custom code")
     assert not (tmp_path / "ran").exists()
-    model, _ = models.load_model(str(folder), trust_remote_code=True)
+    model, _ = load_model(str(folder), trust_remote_code=True)
     assert (tmp_path / "ran").exists() and model(torch.tensor([[1, 2]])).logits.isfinite().all()
