@@ -180,12 +180,21 @@ def test_what_differs_from_sample_to_sample_is_an_error(ids):
     assert "forward" not in block.__dict__
 
 
+def test_what_blocks_hand_to_each_other_is_an_error(ids):
+    model = tiny("llama")
+    model.model.rotary_emb.forward = lambda x, **kwargs: {}
+    with pytest.raises(QuipError, match=r"model\.layers\.0: argument 'position_embeddings' is filled by other blocks"):
+        families.block_calls(model, ids)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_cannot_be_quantized_is_named_once(family, caplog):
     with caplog.at_level(logging.WARNING, "quip"):
         families.warn_unquantizable(tiny(family))
     assert all("cannot be quantized and stay in 16 bits" in message for message in caplog.messages)
     names = {message.split()[0] for message in caplog.messages}
+    if family in EXPERTS:
+        assert any("(gate_up_proj and down_proj of " in message for message in caplog.messages)
     assert names == ({"model.layers.*.mlp.gate", "model.layers.*.mlp.experts"} if family in EXPERTS else set())
 
 
