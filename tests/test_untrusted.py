@@ -397,3 +397,34 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(part, folder, refus
     assert not (tmp_path / "ran").exists()
     model, _ = load_model(str(folder), trust_remote_code=True)
     assert (tmp_path / "ran").exists() and model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+REPORTS = {
+    "no layers": lambda r: r.pop("layers"),
+    "empty": lambda r: r["layers"].clear(),
+    "a list": lambda r: r.update(layers=[1]),
+    "settings": lambda r: r.update(settings=3),
+    "no shape": lambda r: r["layers"][LAYER].pop("shape"),
+    "shape": lambda r: r["layers"][LAYER].update(shape=[0, 48]),
+    "rho": lambda r: r["layers"][LAYER].update(rho="wide"),
+    "mu": lambda r: r["layers"][LAYER].update(mu_weights=[1, "x"]),
+    "loss": lambda r: r["layers"][LAYER].pop("relative_proxy_loss"),
+    "stranger": lambda r: r["layers"].update(stranger=r["layers"][LAYER]),
+    "no layer": lambda r: r["layers"].update({LAYER: None}),
+}
+
+
+@pytest.mark.parametrize("damage", [*REPORTS, "cut", "deep", "cut weights"])
+def test_info_refuses_a_damaged_checkpoint(damage, folder, capsys):
+    report = folder / "quip_report.json"
+    if damage in REPORTS:
+        edit_config(folder, REPORTS[damage], report.name)
+    elif damage == "cut weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    else:
+        report.write_text(report.read_text()[:-9] if damage == "cut" else "[" * 100_000)
+    with pytest.raises(SystemExit) as e:
+        cli.main(["info", str(folder)])
+    assert e.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("quip: error: "), lines
