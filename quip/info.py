@@ -12,7 +12,7 @@ from quip.verify import tensor_headers
 
 DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 
-NUMBERS = ("rho", "alpha", "relative_proxy_loss")  # that the report of every layer has
+NUMBERS = ("rho", "relative_proxy_loss")  # that the report of every layer has
 
 
 def checkpoint_info(folder: str | Path) -> dict:
@@ -65,7 +65,7 @@ def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 def check_values(name: str, values: dict) -> None:
     """Raise `ValueError` or `KeyError`, naming the layer, for what cannot be the report of a layer."""
-    for key in (*NUMBERS, *values.keys() & {"predicted_loss", "alpha_asked"}):
+    for key in (*NUMBERS, *values.keys() & {"predicted_loss", "alpha", "alpha_asked"}):
         if not isinstance(values[key], (int, float)):
             raise ValueError(f"{key} of {name} is no number")
     for key in ("shape", *values.keys() & {"mu_weights", "mu_hessian", "trace_ratio"}):
