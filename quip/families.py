@@ -43,16 +43,16 @@ def quantizable(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def unquantizable(block: torch.nn.Module) -> dict[str, str]:
-    """The modules of a block that hold matrices in a form of their own, such as fused experts: name -> class.
+    """The modules of a block that hold matrices in a form of their own, such as fused experts: name -> what of them.
 
     They stay in 16 bits, as do embeddings, which are looked up rather than multiplied by.
     """
-    known = (*LINEAR, torch.nn.Embedding)
-    return {
-        name: type(m).__name__
-        for name, m in block.named_modules()
-        if not isinstance(m, known) and any(p.ndim > 1 for p in m.parameters(recurse=False))
-    }
+    found = {}
+    for name, module in block.named_modules():
+        matrices = [key for key, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if matrices and not isinstance(module, (*LINEAR, torch.nn.Embedding)):
+            found[name] = f"{' and '.join(matrices)} of {type(module).__name__}"
+    return found
 
 
 def warn_unquantizable(model: torch.nn.Module) -> None:
@@ -108,7 +108,7 @@ def block_calls(
         hidden.append(heard[0][0])
         calls = calls or [call for _, call in heard]
         for i, (_, call) in enumerate(heard):
-            check_same(call, calls[i], f"{prefix}.{i}")
+            check_call(call, calls[i], f"{prefix}.{i}")
     return hidden, calls
 
 
@@ -147,10 +147,12 @@ def listening(blocks: torch.nn.ModuleList, heard: list) -> Iterator[None]:
                 block.forward = forward
 
 
-def check_same(call: Call, first: Call, block: str) -> None:
-    """Raise `QuipError` unless a block is called for this sample as it was for the first one."""
+def check_call(call: Call, first: Call, block: str) -> None:
+    """Raise `QuipError` unless a block is called for this sample as it was for the first, with nothing to be filled."""
     ours, theirs = ({**dict(enumerate(args, 1)), **kwargs} for args, kwargs in (call, first))
     for key in ours.keys() | theirs.keys():
+        if isinstance(ours.get(key), (dict, list)) and not ours[key]:  # as where blocks share keys and values
+            raise QuipError(f"{block}: argument {key!r} is filled by other blocks; such blocks cannot be calibrated")
         if not same(ours.get(key), theirs.get(key)):
             raise QuipError(f"{block}: argument {key!r} differs between samples; such blocks cannot be calibrated")
 

@@ -12,6 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip import families
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
+from quip.lora import register_lora
+from quip.verify import check_files, check_values
 
 FORMAT = 2  # of packed codes and seeded transforms; a reader refuses what it does not know
 
@@ -35,14 +37,21 @@ class QuipConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         bits_for: dict[str, int] | None = None,
         format: int = FORMAT,
-        **kwargs,
+        quant_method: str = "quip",
+        **unknown,
     ):
+        if unknown:
+            refuse(f"unknown field {next(iter(unknown))!r}")
         self.quant_method = "quip"
         self.bits, self.rescale, self.format = bits, rescale, format
         self.incoherence, self.permute = incoherence, permute
-        self.modules_to_not_convert = modules_to_not_convert or []
-        self.bits_for = bits_for or {}
+        self.modules_to_not_convert = [] if modules_to_not_convert is None else modules_to_not_convert
+        self.bits_for = {} if bits_for is None else bits_for
         self.check()
+
+    def to_diff_dict(self) -> dict:
+        """All of it; Transformers 5.0 asks for this to show the configuration."""
+        return self.to_dict()
 
     def check(self) -> None:
         """Raise `QuipError` unless every field has a value that can be."""
@@ -74,7 +83,11 @@ class QuipHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: QuipConfig
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def __init__(self, quantization_config: QuipConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        register_lora()
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         stored = config.rescale, config.incoherence, config.permute
         for name, (layer, bits) in layers_to_convert(model, config).items():
@@ -82,11 +95,18 @@ class QuipHfQuantizer(HfQuantizer):
             with torch.device("meta"):
                 empty = QuantizedLinear(n, m, bits, layer.bias is not None, *stored)
             model.set_submodule(name, empty)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
+                parent._is_hf_initialized = True  # else GPT-2 would start the weights of `c_proj`, which is no more
+        check_files(model, checkpoint_files or (), file_prefix(model))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
+                if layer.qweight.is_meta:
+                    raise QuipError(f"{name}: packed codes cannot be left on disk; load without offload_buffers")
                 layer.build(name)
+                check_values(name, layer)
         return model
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
@@ -97,24 +117,29 @@ class QuipHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return False
+        return True  # adapters beside the layers, that is: gradients pass through them
 
 
 def layers_to_convert(model: PreTrainedModel, config: QuipConfig) -> dict[str, tuple[torch.nn.Module, int]]:
-    """The layers that are quantized in a checkpoint, by name in this model, each with its width in bits.
+    """The layers of the decoder blocks that are quantized in a checkpoint, by name in this model, and their widths.
 
-    They lie in the decoder blocks. Names in the file are those of the causal model; that model's base alone, as
-    `AutoModel` makes it, lacks their prefix. Raises `QuipError` for a name that is no layer of the model.
+    Raises `QuipError` for a name that is no such layer.
     """
     prefix, blocks = families.decoder_blocks(model)
     layers = {f"{prefix}.{name}": layer for name, layer in families.quantizable(blocks).items()}
-    base = f"{model.base_model_prefix}." if model.base_model is model else ""
+    base = file_prefix(model)
     bits_for = {name.removeprefix(base): bits for name, bits in config.bits_for.items()}
     kept = {name.removeprefix(base) for name in config.modules_to_not_convert}
     unknown = sorted(bits_for.keys() - (layers.keys() - kept))
     if unknown:
         refuse(f"bits_for names {unknown[0]}, which is no quantized layer of {type(model).__name__}")
     return {name: (layer, bits_for.get(name, config.bits)) for name, layer in layers.items() if name not in kept}
+
+
+def file_prefix(model: PreTrainedModel) -> str:
+    """What names in a checkpoint begin with that they lack in this model: "" for a causal model, whose names they are;
+    for its base alone, as `AutoModel` makes it, the base's name."""
+    return f"{model.base_model_prefix}." if model.base_model is model else ""
 
 
 def storage_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quip.errors import QuipError
+from quip.verify import check_loading
 
 
 def find_model(source: str) -> tuple[str, dict]:
@@ -58,25 +59,33 @@ def hub_answers(name: str) -> bool:
 
 
 def load_model(
-    source: str, device: str = "cpu", dtype: torch.dtype | str | None = None
+    source: str,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, object]:
     """Load a causal model and its tokenizer from a hub name, a folder, a `.gguf` file or `smollm2`; in eval mode.
 
-    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. Nothing runs code from the hub.
-    Raises `QuipError` if there is no such model or its files are damaged.
+    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. `trust_remote_code`: run code
+    that comes with the model, which can do anything. Raises `QuipError` if there is no such model, or its files are
+    damaged or lack a weight.
     """
     where, more = find_model(source)
+    trust = {"trust_remote_code": trust_remote_code}
     with explained(source):
-        tokenizer = load_tokenizer(where, **more)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=default_dtype(device, dtype), **more)
+        tokenizer = load_tokenizer(where, **trust, **more)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            where, dtype=default_dtype(device, dtype), output_loading_info=True, **trust, **more
+        )
+        check_loading(model, info)
     if "gguf_file" in more:
         forget_gguf(model)
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(where: str, **more):
+def load_tokenizer(where: str, trust_remote_code: bool = False, **more):
     """The tokenizer of a model that `find_model` found."""
-    return AutoTokenizer.from_pretrained(where, **more)
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **more)
 
 
 def default_dtype(device: str, dtype: torch.dtype | str | None) -> torch.dtype | str:

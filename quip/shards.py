@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, MutableSequence
+import json
+from collections.abc import Iterable, MutableSequence
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from quip.errors import QuipError
@@ -17,26 +17,39 @@ from quip.families import Call
 from quip.kernels import QuantizedLinear
 from quip.plan import Plan
 from quip.resume import KeptBlocks, WorkFolder
+from quip.verify import tensor_headers
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def weight_files(where: str, **more) -> list[Path]:
-    """The safetensors files of a model in a folder or on the hub, downloaded if need be; none if it has none."""
+def weight_files(where: str, local_files_only: bool = False, **more) -> list[Path]:
+    """The safetensors files of a model in a folder or on the hub, downloaded if need be; none if it has none.
+
+    Raises `QuipError` if the index that lists them is damaged, or lists files elsewhere.
+    """
     folder = Path(where)
     if not folder.is_dir():
         patterns = ["model*.safetensors", INDEX]
-        folder = Path(snapshot_download(where, allow_patterns=patterns, **more))
-    sharded = sorted(folder.glob("model-*-of-*.safetensors"))
-    return sharded if (folder / INDEX).is_file() else [f for f in [folder / SINGLE] if f.is_file()]
+        folder = Path(snapshot_download(where, allow_patterns=patterns, local_files_only=local_files_only))
+    if not (folder / INDEX).is_file():
+        return [file for file in [folder / SINGLE] if file.is_file()]
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(name != Path(name).name for name in names):
+            raise ValueError(f"it lists {names[0]}")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise QuipError(f"{folder / INDEX} is damaged: {e}") from None
+    return [folder / name for name in names]
 
 
-def skeleton(where: str, config: PreTrainedConfig, dtype: torch.dtype | str, **more) -> PreTrainedModel:
+def skeleton(
+    where: str, config: PreTrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool = False, **more
+) -> PreTrainedModel:
     """The model without its weights: parameters on the meta device, and buffers that no file holds, in eval mode."""
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     if model.can_generate():
         try:
@@ -63,7 +76,7 @@ class Shards:
     def __init__(self, files: Iterable[Path], model: PreTrainedModel):
         state = model.state_dict(keep_vars=True)
         base, self.where = f"{model.base_model_prefix}.", {}
-        for key, (file, shape) in {key: (f, shape) for f in files for key, shape in shapes(f).items()}.items():
+        for key, (file, shape) in {key: (f, h[1]) for f in files for key, h in tensor_headers(f).items()}.items():
             name = next((n for n in (key, base + key, key.removeprefix(base)) if n in state), None)
             if name is not None and tuple(state[name].shape) != shape:
                 raise QuipError(f"{file} is not of this model: {key} is {shape}, not {tuple(state[name].shape)}")
@@ -90,7 +103,7 @@ class Shards:
             file, key = self.where[name]
             by_file.setdefault(file, []).append((name, key))
         for file, wanted in by_file.items():
-            with reading(file) as f:
+            with safe_open(file, framework="pt") as f:
                 tensors |= {name: f.get_tensor(key) for name, key in wanted}
         return tensors
 
@@ -112,22 +125,6 @@ def converted(model: PreTrainedModel, names: Iterable[str]) -> bool:
         return False
     mapping = [m for m in get_model_conversion_mapping(model) or () if isinstance(m, WeightConverter)]
     return any(m.rename_source_key(name)[1] is not None for m in mapping for name in names)
-
-
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator:
-    """An open safetensors file. Raises `QuipError` if it cannot be read."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            yield f
-    except (SafetensorError, OSError) as e:
-        raise QuipError(f"{file} is damaged: {e}") from None
-
-
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a file, from its header."""
-    with reading(file) as f:
-        return {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}  # noqa: SIM118 (not a dict)
 
 
 class ShardedBlocks(KeptBlocks):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_untrusted import CODE, edit_config
 
 from quip.cli import main
 
@@ -228,3 +229,15 @@ def test_layers_can_be_left_out_and_have_other_widths(quantize, tmp_path, capsys
     assert not [line for line in lines if "v_proj" in line[0] or "layers.0.self_attn.k_proj" in line[0]]
     status, _, _ = run(capsys, "generate", tmp_path / "out", "the", "--max-new-tokens", 2)
     assert status == 0
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked_for(quantize, model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # nobody to answer "run it?"
+    (model_folder / "stranger.py").write_text(CODE.format(path=str(tmp_path / "ran")))
+    names = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "stranger.Model"}
+    edit_config(model_folder, lambda config: config.update(model_type="stranger", auto_map=names))
+    for status, _, err in (quantize(), run(capsys, "generate", model_folder, "the")):
+        assert status == 2 and "custom code" in err and err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+    assert quantize("--trust-remote-code")[0] == 0
+    assert (tmp_path / "ran").exists()

@@ -14,6 +14,9 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_opt
 from safetensors.torch import load_file, save_file
+from test_families import EXPERTS, tiny
+from test_families import FAMILIES as families
+from transformers import GenerationConfig
 
 import quip
 from quip import data, load_model, models, quantize_model, save_model
@@ -81,6 +84,27 @@ def test_from_shards_as_in_memory(family, shards, run, text_file, tmp_path):
     save_model(model, tokenizer, tmp_path / "memory", reports, result["settings"])
     assert contents(tmp_path / "out") == contents(tmp_path / "memory")
     assert not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("family", sorted(families.keys() - EXPERTS))
+def test_every_family_from_shards_as_in_memory(family, run, tokenizer, text_file, tmp_path):
+    model = tiny(family)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", tmp_path / "out", skip=["*.0.*"])
+    model, tokenizer, reports = in_memory(tmp_path / "model", tmp_path / "memory", text_file, skip=["*.0.*"])
+    save_model(model, tokenizer, tmp_path / "memory", reports, result["settings"])
+    assert contents(tmp_path / "out") == contents(tmp_path / "memory")
+
+
+def test_fused_experts_are_read_whole_and_said_so(run, tokenizer, tmp_path, caplog):
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = run(tmp_path / "model", tmp_path / "out")
+    assert "is read whole, not block by block" in caplog.text and "experts" in caplog.text
+    loaded, _ = load_model(str(tmp_path / "out"))
+    assert len(result["layers"]) == sum(isinstance(m, QuantizedLinear) for m in loaded.modules()) == 8
 
 
 def test_a_model_in_memory_goes_the_same_way(shards, run, tmp_path, monkeypatch):
@@ -185,13 +209,17 @@ def test_a_run_killed_anywhere_resumes_to_the_same_bytes(where, shards, run, tex
         torch.save(model.state_dict(), source / "pytorch_model.bin")
         (source / "model.safetensors").unlink()
     run(source, tmp_path / "whole")
-    steps = [3, 4, 5, 6, 12, 20] if where == "shards" else [1, 4, 7, 11, 13, 18]
-    results = killed(tmp_path, source, text_file, steps)
-    print(results)
+    results = killed(tmp_path, source, text_file, steps=[2, 3, 6, 14, 19, 20] if where == "shards" else [7])
     for result in results:
         assert result["signals"] == [signal.SIGKILL, 0], result
         assert contents(tmp_path / f"killed-{result['step']}") == contents(tmp_path / "whole"), result
         assert not (tmp_path / f"killed-{result['step']}.part").exists()
+    if where == "shards":
+        left = [[name.removesuffix(".safetensors") for name in result["left"] if name != "lock"] for result in results]
+        done = ["arguments.json", "block-00000", "block-00001", "block-00002", "block-00003", "checkpoint"]
+        assert left[:3] == [done[:1], [*done[:1], "block-00000.safetensors.tmp"], done[:3]]
+        assert left[3:] == [done, [*done, "ready"], [*done[:-1], "ready"]]
+        assert [result["published"] for result in results] == [False] * 5 + [True]
 
 
 def interrupted(monkeypatch, run, source, out, after=1, error=KeyboardInterrupt, **changes):
