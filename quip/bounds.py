@@ -146,17 +146,23 @@ def layer_report(
     W, H = W.double(), H.double()
     damped = damp(H, q.settings["alpha"], q.settings["center"])
     W_, H_ = q.basis.enter(W, damped)
-    (_, D, _), (U, D_, columns) = (ordered_ldl(X, q.settings["order"]) for X in (damped, H_))
+    mu = {"mu_weights": [mu_weights(X) for X in (W, W_)] if W.any() else None}
+    mu["mu_hessian"] = mu_pair(H, H_, q.basis, eigenvectors)
+    charge, traces = damped[0, 0] - H[0, 0], [damped.trace(), H_.trace()]
+    D = ordered_ldl(damped, q.settings["order"])[1]
+    del damped, W_  # from here on only one or two matrices of this size at a time
+    U, D_, columns = ordered_ldl(H_, q.settings["order"])
+    del H_
     eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    added = torch.linalg.solve_triangular(U + eye, eye, upper=True, unitriangular=True)
+    added = torch.linalg.solve_triangular(U, eye, upper=True, unitriangular=True)  # of U + I
+    del U, eye
     if q.basis.rescale is not None:  # V and an order of columns, which are orthogonal, leave its norm alone
         added = q.basis.V.inverse(added[:, columns.argsort()]) / q.basis.rescale
-    trace = D_.sum() - (damped[0, 0] - H[0, 0]) * added.square().sum()  # the loss without what damping charges
+    trace = D_.sum() - charge * added.square_().sum()  # the loss without what damping charges
     step, energy = 2 * q.scale / (2**q.bits - 1), proxy_loss(torch.zeros_like(W), W, H)
     return {
-        "mu_weights": [mu_weights(X) for X in (W, W_)] if W.any() else None,
-        "mu_hessian": mu_pair(H, H_, q.basis, eigenvectors),
-        "trace_ratio": [(D.sum() / damped.trace()).item(), (D_.sum() / H_.trace()).item()],
+        **mu,
+        "trace_ratio": [(d.sum() / t).item() for d, t in zip((D, D_), traces, strict=True)],
         "predicted_loss": len(W) * step**2 / 12 * trace.item() / energy if energy > 0 else 0.0,
     }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 
 import torch
 from transformers import PreTrainedModel
@@ -86,8 +86,11 @@ def run_block(block: torch.nn.Module, hidden: torch.Tensor, call: Call) -> torch
 def block_calls(
     model: PreTrainedModel,
     samples: torch.Tensor,  # (count, seq_len) token ids
-) -> tuple[list[torch.Tensor], list[Call]]:
+    hidden: MutableSequence[torch.Tensor] | None = None,
+) -> tuple[MutableSequence[torch.Tensor], list[Call]]:
     """The hidden states `(1, seq_len, d)` that enter the first block, a sample each, and each block's other arguments.
+
+    They are appended to `hidden`, if that is given: it may keep them elsewhere than in memory.
 
     Those differ from block to block (Gemma's alternate between two masks and two kinds of positions), but not from
     sample to sample, as all have one length. Only what comes before the blocks runs: of the blocks, no weight is
@@ -95,7 +98,7 @@ def block_calls(
     beside its hidden states.
     """
     prefix, blocks = decoder_blocks(model)
-    hidden, calls = [], []
+    hidden, calls = [] if hidden is None else hidden, []
     for sample in samples:
         heard: list[tuple[torch.Tensor, Call]] = []
         with listening(blocks, heard), contextlib.suppress(_Heard):

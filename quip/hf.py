@@ -147,9 +147,12 @@ def storage_dtype(model: PreTrainedModel) -> torch.dtype:
     return model.dtype if model.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def stored_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's state with unquantized floats in 16 bits; tied weights stay one tensor; grid scales keep float32."""
-    dtype, seen, state = storage_dtype(model), {}, {}
+def stored_state(model: torch.nn.Module, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The model's state with unquantized floats in 16 bits; tied weights stay one tensor; grid scales keep float32.
+
+    `dtype`: which 16 bits, for a part of a model, which cannot be asked for `storage_dtype`.
+    """
+    dtype, seen, state = dtype or storage_dtype(model), {}, {}
     exact = {
         f"{name}.{key}"
         for name, m in model.named_modules()
