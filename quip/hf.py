@@ -101,10 +101,11 @@ class QuipHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuipConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
-        if self.pre_quantized == (quantization_config.dataset is not None):
-            refuse(
-                f"a dataset is for a model that is not quantized yet; this one is{'' if self.pre_quantized else ' not'}"
-            )
+        calibrated = quantization_config.dataset is not None
+        if self.pre_quantized and calibrated:
+            refuse("a dataset is of no use: the model is quantized already")
+        if not self.pre_quantized and not calibrated:
+            refuse("the model is not quantized yet: to do it while loading takes a dataset")
         register_lora()
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):

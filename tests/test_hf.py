@@ -201,7 +201,7 @@ def test_everything_that_quantize_takes_can_be_said_in_the_config(quantize_on_lo
 
 
 def test_what_cannot_be_quantized_on_load_is_an_error(quantize_on_load, model_folder, folder, tmp_path):
-    with pytest.raises(QuipError, match="this one is not"):
+    with pytest.raises(QuipError, match="takes a dataset"):
         quantize_on_load(QuipConfig(bits=2))
     with pytest.raises(QuipError, match="unknown choice sample"):
         QuipConfig(dataset="c4", sample=4)

@@ -90,6 +90,8 @@ CONFIG = [
     ("bits_for", {"lm_head": 2}, "bits_for names lm_head"),
     ("bits_for", {"model.layers.7.mlp.up_proj": 2}, "bits_for names model.layers.7.mlp.up_proj"),
     ("loading", "fast", "unknown field 'loading'"),
+    ("samples", 4, "unknown field 'samples'"),
+    ("dataset", "c4", "a dataset is of no use"),
     *(("quant_method", x, "") for x in ("gptq", "awq", "mxfp4", "none", 7, None, ["quip"])),
 ]
 
@@ -98,6 +100,12 @@ CONFIG = [
 def test_every_field_of_the_quantization_config_is_checked(field, value, words, folder, refused):
     edit_config(folder, lambda c: c["quantization_config"].update({field: value}))
     refused(words)
+
+
+@pytest.mark.parametrize("field", ["bits", "rescale", "quant_method"])
+def test_what_a_quantization_config_must_say(field, folder, refused):
+    edit_config(folder, lambda c: c["quantization_config"].pop(field))
+    refused()
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "quip", 3])
