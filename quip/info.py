@@ -66,8 +66,10 @@ def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def check_values(name: str, values: dict) -> None:
-    """Raise `ValueError` or `KeyError`, naming the layer, for what cannot be the report of a layer."""
+    """Raise `ValueError`, naming the layer, for what cannot be the report of a layer."""
     present = {key: value for key, value in values.items() if value is not None}
+    if missing := {"shape", "rho", "relative_proxy_loss"} - values.keys():
+        raise ValueError(f"{name} has no {min(missing)}")
     for key in ("rho", *(key for key in NUMBERS if key in present)):
         if not isinstance(values[key], (int, float)):
             raise ValueError(f"{key} of {name} is no number")
