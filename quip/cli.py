@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--offload", metavar="FOLDER", help="keep activations in a file there instead of in memory")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint of quip")
     p.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run in OUT.part")
+    add_trust(p)
     p.set_defaults(run=run_quantize)
 
     p = commands.add_parser("eval", help="measure perplexity")
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, help="read no more than this many tokens")
     p.add_argument("--json", metavar="FILE", help="write the result to FILE")
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    add_trust(p)
     p.set_defaults(run=run_eval)
 
     p = commands.add_parser("generate", help="continue a prompt")
@@ -79,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    add_trust(p)
     p.set_defaults(run=run_generate)
 
     p = commands.add_parser("info", help="show what a checkpoint holds")
@@ -105,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     p.set_defaults(run=run_bench)
     return parser
+
+
+def add_trust(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; never done otherwise",
+    )
 
 
 def add_choices(p: argparse._ArgumentGroup) -> None:
@@ -194,6 +205,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         offload=args.offload,
         overwrite=args.overwrite,
         restart=args.restart,
+        trust_remote_code=args.trust_remote_code,
         progress=ProgressBar(),
         **changes,
     )
@@ -220,7 +232,7 @@ def run_eval(args: argparse.Namespace) -> None:
     text = data.load_text(args.data, "evaluation")
     if args.max_tokens is not None and args.max_tokens < args.seq_len:
         raise QuipError(f"--max-tokens {args.max_tokens} is less than one window of {args.seq_len}")
-    model, tokenizer = load_model(args.model, device)
+    model, tokenizer = load_model(args.model, device, trust_remote_code=args.trust_remote_code)
     ids = data.tokenize(tokenizer, text)[: args.max_tokens]
     result = {"model": args.model, "data": text.source, **evaluate.perplexity(model, ids, args.seq_len)}
     if args.json:
@@ -236,7 +248,7 @@ def run_generate(args: argparse.Namespace) -> None:
     quiet_transformers()
     if args.max_new_tokens < 1:
         raise QuipError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    model, tokenizer = load_model(args.model, pick_device(args.device))
+    model, tokenizer = load_model(args.model, pick_device(args.device), trust_remote_code=args.trust_remote_code)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise QuipError("the prompt is empty")

@@ -93,6 +93,7 @@ def quantize_to_folder(
     offload: str | Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **changes,
 ) -> dict:
@@ -100,15 +101,15 @@ def quantize_to_folder(
 
     Of weights in safetensors, no more than one block is in memory at a time. Each finished block is kept in `OUT.part`,
     from which the same call goes on if this one ends early; it refuses if an argument, the model's files or the
-    calibration text have changed, unless `restart` is given. Other arguments as in `quip.models.quantize_model`. The
-    result is what `quip_report.json` in `out` says: `settings` and `layers`.
+    calibration text have changed, unless `restart` is given. Other arguments as in `quip.models.quantize_model` and
+    `quip.loading.load_model`. The result is what `quip_report.json` in `out` says: `settings` and `layers`.
     """
     out, skip, bits_for = Path(out), list(skip), bits_for or {}
     choices = check_arguments(bits, seed, preset, bits_for, **changes)
     if not WorkFolder.ready(out):
         check_output(out, overwrite)
     text = data.load_text(calibration, "calibration")
-    model, tokenizer, shards = open_model(source, device, dtype)
+    model, tokenizer, shards = open_model(source, device, dtype, trust_remote_code)
     check_length(model, seq_len)
     chosen = data.samples(data.tokenize(tokenizer, text), samples, seq_len, seed, text.source)
     plan = make_plan(model, bits, seed, preset, skip=skip, bits_for=bits_for, **changes)
@@ -148,21 +149,23 @@ def quantize_to_folder(
     return json.loads((out / REPORT).read_text(encoding="utf-8"))
 
 
-def open_model(source: str, device: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, object, Shards | None]:
+def open_model(
+    source: str, device: str, dtype: torch.dtype | None, trust: bool = False
+) -> tuple[PreTrainedModel, object, Shards | None]:
     """A model, its tokenizer and its shards, of which nothing is read yet; or no shards, and all of it in memory."""
     where, more = find_model(source)
     with explained(source):
         if "gguf_file" not in more:
-            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **more)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust, **more)
             if getattr(config, "quantization_config", None) is not None:
                 raise QuipError(f"{source} is quantized already")
             files = weight_files(where, **more)
             try:
-                model = skeleton(where, config, default_dtype(device, dtype), **more)
-                return model, load_tokenizer(where, **more), Shards(files, model)
+                model = skeleton(where, config, default_dtype(device, dtype), trust, **more)
+                return model, load_tokenizer(where, trust, **more), Shards(files, model)
             except Unfit as e:
                 log.warning("%s is read whole, not block by block: %s", source, e)
-    return *load_model(source, device, dtype), None
+    return *load_model(source, device, dtype, trust), None
 
 
 def fingerprint(source: str) -> str:

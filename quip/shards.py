@@ -31,12 +31,14 @@ def weight_files(where: str, **more) -> list[Path]:
     return sharded if (folder / INDEX).is_file() else [f for f in [folder / SINGLE] if f.is_file()]
 
 
-def skeleton(where: str, config: PreTrainedConfig, dtype: torch.dtype | str, **more) -> PreTrainedModel:
+def skeleton(
+    where: str, config: PreTrainedConfig, dtype: torch.dtype | str, trust_remote_code: bool = False, **more
+) -> PreTrainedModel:
     """The model without its weights: parameters on the meta device, and buffers that no file holds, in eval mode."""
     if dtype == "auto":
         dtype = config.dtype or torch.float32
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()
     if model.can_generate():
         try:
