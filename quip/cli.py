@@ -60,10 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     layers.add_argument("--bits-for", action="append", default=[], metavar="PATTERN=B", help="other widths; repeatable")
     add_choices(p.add_argument_group("method"))
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    trust(p)
     p.add_argument("--offload", metavar="FOLDER", help="keep activations in a file there instead of in memory")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint of quip")
     p.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run in OUT.part")
+    add_trust(p)
     p.set_defaults(run=run_quantize)
 
     p = commands.add_parser("eval", help="measure perplexity")
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, help="read no more than this many tokens")
     p.add_argument("--json", metavar="FILE", help="write the result to FILE")
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    trust(p)
+    add_trust(p)
     p.set_defaults(run=run_eval)
 
     p = commands.add_parser("generate", help="continue a prompt")
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
-    trust(p)
+    add_trust(p)
     p.set_defaults(run=run_generate)
 
     p = commands.add_parser("info", help="show what a checkpoint holds")
@@ -110,9 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def trust(p: argparse.ArgumentParser) -> None:
+def add_trust(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that comes with the model: it can do anything"
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; never done otherwise",
     )
 
 
@@ -246,8 +248,7 @@ def run_generate(args: argparse.Namespace) -> None:
     quiet_transformers()
     if args.max_new_tokens < 1:
         raise QuipError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    device = pick_device(args.device)
-    model, tokenizer = load_model(args.model, device, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_model(args.model, pick_device(args.device), trust_remote_code=args.trust_remote_code)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise QuipError("the prompt is empty")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -13,9 +16,12 @@ from quip import families
 from quip.errors import QuipError
 from quip.kernels import QuantizedLinear
 from quip.lora import register_lora
+from quip.methods import choose
 from quip.verify import check_files, check_values
 
 FORMAT = 2  # of packed codes and seeded transforms; a reader refuses what it does not know
+STORED = {"rescale": False, "incoherence": "kron", "permute": True}  # choices that a checkpoint stores, with defaults
+RUN = ("samples", "seq_len", "seed", "offload", "progress")  # arguments of `quip.quantize` that are no choices
 
 
 @register_quantization_config("quip")
@@ -24,30 +30,41 @@ class QuipConfig(QuantizationConfigMixin):
 
     `bits` (2, 3 or 4), `rescale` (whether layers store D̃), `incoherence` and `permute` (what V and U are) hold for
     every quantized layer, except that `bits_for` gives the width of layers, by full name, where it is another. Those
-    named in `modules_to_not_convert` are ordinary ones. `format` is the version of the file format. Raises `QuipError`
-    for anything else.
+    named in `modules_to_not_convert` are ordinary ones. `format` is the version of the file format.
+
+    With a `dataset` (calibration text, as `quip.quantize` takes it: a name, a file, strings), `from_pretrained`
+    quantizes an ordinary model as it loads it. Then both lists of names may hold patterns such as `*.down_proj`,
+    `tokenizer` is the model's own unless given, and further arguments (samples, seq_len, seed, preset, method, …) are
+    those of `quip.quantize`. None of these is stored. Raises `QuipError` for anything else.
     """
 
     def __init__(
         self,
         bits: int = 2,
-        rescale: bool = False,
-        incoherence: str = "kron",
-        permute: bool = True,
         modules_to_not_convert: list[str] | None = None,
         bits_for: dict[str, int] | None = None,
         format: int = FORMAT,
         quant_method: str = "quip",
-        **unknown,
+        dataset: str | Iterable[str] | torch.Tensor | None = None,
+        tokenizer=None,
+        **options,
     ):
+        unknown = options.keys() - STORED if dataset is None else ()
         if unknown:
-            refuse(f"unknown field {next(iter(unknown))!r}")
+            refuse(f"unknown field {min(unknown)!r}")
         self.quant_method = "quip"
-        self.bits, self.rescale, self.format = bits, rescale, format
-        self.incoherence, self.permute = incoherence, permute
+        self.bits, self.format = bits, format
+        self.rescale, self.incoherence, self.permute = (options.get(key, default) for key, default in STORED.items())
         self.modules_to_not_convert = [] if modules_to_not_convert is None else modules_to_not_convert
         self.bits_for = {} if bits_for is None else bits_for
         self.check()
+        if dataset is not None:
+            choose(**{key: value for key, value in options.items() if key not in RUN})
+        self.dataset, self.tokenizer, self.options = dataset, tokenizer, options
+
+    def to_dict(self) -> dict:
+        """What a checkpoint stores of it."""
+        return {k: copy.deepcopy(v) for k, v in vars(self).items() if k not in ("dataset", "tokenizer", "options")}
 
     def to_diff_dict(self) -> dict:
         """All of it; Transformers 5.0 asks for this to show the configuration."""
@@ -78,17 +95,23 @@ def refuse(message: str) -> NoReturn:
 
 @register_quantizer("quip")
 class QuipHfQuantizer(HfQuantizer):
-    """Loads and saves quip checkpoints; quantizing needs calibration text, so `quip quantize` does it beforehand."""
+    """Loads and saves quip checkpoints, and quantizes ordinary models as they are loaded, if there is a `dataset`."""
 
-    requires_calibration = True
     quantization_config: QuipConfig
 
     def __init__(self, quantization_config: QuipConfig, **kwargs):
         super().__init__(quantization_config, **kwargs)
+        calibrated = quantization_config.dataset is not None
+        if self.pre_quantized and calibrated:
+            refuse("a dataset is of no use: the model is quantized already")
+        if not self.pre_quantized and not calibrated:
+            refuse("the model is not quantized yet: to do it while loading takes a dataset")
         register_lora()
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
+        if not self.pre_quantized:
+            return
         stored = config.rescale, config.incoherence, config.permute
         for name, (layer, bits) in layers_to_convert(model, config).items():
             m, n = families.weight(layer).shape
@@ -101,6 +124,8 @@ class QuipHfQuantizer(HfQuantizer):
         check_files(model, checkpoint_files or (), file_prefix(model))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if not self.pre_quantized:
+            quantize_loaded(model, self.quantization_config)
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 if layer.qweight.is_meta:
@@ -118,6 +143,25 @@ class QuipHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self):
         return True  # adapters beside the layers, that is: gradients pass through them
+
+
+def quantize_loaded(model: PreTrainedModel, config: QuipConfig) -> None:
+    """Quantize an ordinary model that has just been loaded, as its `QuipConfig` with a dataset says.
+
+    Raises `QuipError` if part of the model is not in memory, and as `quip.quantize` does.
+    """
+    from quip.pipeline import quantize  # which imports this module
+
+    if any(p.is_meta for p in model.parameters()):
+        raise QuipError("a model is quantized in memory: load it with a device_map that leaves nothing on disk")
+    prefix, _ = families.decoder_blocks(model)
+    outside = {name for name in families.quantizable(model) if not name.startswith(f"{prefix}.")}
+    tokenizer = config.tokenizer or model.name_or_path
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    skip = [name for name in config.modules_to_not_convert if name not in outside]  # the head is never quantized
+    options = {"skip": skip, "bits_for": config.bits_for, **config.options}
+    quantize(model, tokenizer, config.bits, calibration=config.dataset, **options)
 
 
 def layers_to_convert(model: PreTrainedModel, config: QuipConfig) -> dict[str, tuple[torch.nn.Module, int]]:

@@ -12,7 +12,9 @@ from quip.verify import tensor_headers
 
 DTYPE_BYTES = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 
-NUMBERS = ("rho", "relative_proxy_loss")  # that the report of every layer has
+# Of the report of a layer: a number, that some do not have, or whose value is none; and pairs of numbers.
+NUMBERS = ("relative_proxy_loss", "predicted_loss", "alpha", "alpha_asked", "tokens", "dead_inputs", "largest_input")
+PAIRS = ("mu_weights", "mu_hessian", "trace_ratio")
 
 
 def checkpoint_info(folder: str | Path) -> dict:
@@ -64,11 +66,14 @@ def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def check_values(name: str, values: dict) -> None:
-    """Raise `ValueError` or `KeyError`, naming the layer, for what cannot be the report of a layer."""
-    for key in (*NUMBERS, *values.keys() & {"predicted_loss", "alpha", "alpha_asked"}):
+    """Raise `ValueError`, naming the layer, for what cannot be the report of a layer."""
+    present = {key: value for key, value in values.items() if value is not None}
+    if missing := {"shape", "rho", "relative_proxy_loss"} - values.keys():
+        raise ValueError(f"{name} has no {min(missing)}")
+    for key in ("rho", *(key for key in NUMBERS if key in present)):
         if not isinstance(values[key], (int, float)):
             raise ValueError(f"{key} of {name} is no number")
-    for key in ("shape", *values.keys() & {"mu_weights", "mu_hessian", "trace_ratio"}):
+    for key in ("shape", *(key for key in PAIRS if key in present)):
         pair = values[key]
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)):
             raise ValueError(f"{key} of {name} is no pair of numbers")

@@ -66,17 +66,15 @@ def load_model(
 ) -> tuple[PreTrainedModel, object]:
     """Load a causal model and its tokenizer from a hub name, a folder, a `.gguf` file or `smollm2`; in eval mode.
 
-    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. `trust_remote_code`: run code
-    that comes with the model, which can do anything. Raises `QuipError` if there is no such model, or its files are
-    damaged or lack a weight.
+    `dtype`: float32 on a CPU and the checkpoint's own on a GPU, unless given. `trust_remote_code`: run
+    Python code that comes with the model, which can do anything. Raises `QuipError` if there is no such model, its
+    files are damaged, or they lack a weight.
     """
     where, more = find_model(source)
-    trust = {"trust_remote_code": trust_remote_code}
     with explained(source):
-        tokenizer = load_tokenizer(where, **trust, **more)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            where, dtype=default_dtype(device, dtype), output_loading_info=True, **trust, **more
-        )
+        tokenizer = load_tokenizer(where, trust_remote_code, **more)
+        options = {"dtype": default_dtype(device, dtype), "trust_remote_code": trust_remote_code}
+        model, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options, **more)
         check_loading(model, info)
     if "gguf_file" in more:
         forget_gguf(model)

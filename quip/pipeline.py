@@ -101,8 +101,8 @@ def quantize_to_folder(
 
     Of weights in safetensors, no more than one block is in memory at a time. Each finished block is kept in `OUT.part`,
     from which the same call goes on if this one ends early; it refuses if an argument, the model's files or the
-    calibration text have changed, unless `restart` is given. Other arguments as in `quip.models.quantize_model`. The
-    result is what `quip_report.json` in `out` says: `settings` and `layers`.
+    calibration text have changed, unless `restart` is given. Other arguments as in `quip.models.quantize_model` and
+    `quip.loading.load_model`. The result is what `quip_report.json` in `out` says: `settings` and `layers`.
     """
     out, skip, bits_for = Path(out), list(skip), bits_for or {}
     choices = check_arguments(bits, seed, preset, bits_for, **changes)
@@ -150,22 +150,22 @@ def quantize_to_folder(
 
 
 def open_model(
-    source: str, device: str, dtype: torch.dtype | None, trust_remote_code: bool = False
+    source: str, device: str, dtype: torch.dtype | None, trust: bool = False
 ) -> tuple[PreTrainedModel, object, Shards | None]:
     """A model, its tokenizer and its shards, of which nothing is read yet; or no shards, and all of it in memory."""
     where, more = find_model(source)
     with explained(source):
         if "gguf_file" not in more:
-            more["trust_remote_code"] = trust_remote_code
-            config = AutoConfig.from_pretrained(where, **more)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust, **more)
             if getattr(config, "quantization_config", None) is not None:
                 raise QuipError(f"{source} is quantized already")
+            files = weight_files(where, **more)
             try:
-                model = skeleton(where, config, default_dtype(device, dtype), **more)
-                return model, load_tokenizer(where, **more), Shards(weight_files(where, **more), model)
+                model = skeleton(where, config, default_dtype(device, dtype), trust, **more)
+                return model, load_tokenizer(where, trust, **more), Shards(files, model)
             except Unfit as e:
                 log.warning("%s is read whole, not block by block: %s", source, e)
-    return *load_model(source, device, dtype, trust_remote_code), None
+    return *load_model(source, device, dtype, trust), None
 
 
 def fingerprint(source: str) -> str:

@@ -22,7 +22,7 @@ from quip.verify import tensor_headers
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def weight_files(where: str, local_files_only: bool = False, **more) -> list[Path]:
+def weight_files(where: str, local_files_only: bool = False) -> list[Path]:
     """The safetensors files of a model in a folder or on the hub, downloaded if need be; none if it has none.
 
     Raises `QuipError` if the index that lists them is damaged, or lists files elsewhere.

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from quip import load_model, quantize_model, save_model
+from quip import load_model, quantize, quantize_model, save_model
 from quip.errors import QuipError
 from quip.hf import QuipConfig
 from quip.kernels import QuantizedLinear
@@ -155,3 +155,70 @@ def test_config_as_text_and_back():
     assert QuipConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
     with pytest.raises(QuipError, match="unknown field 'bit'"):
         QuipConfig(bit=2)
+
+
+@pytest.fixture
+def quantize_on_load(model_folder):
+    """Loads the ordinary model of a folder, quantized: what `QuipConfig` is given decides how."""
+    small = {"samples": 4, "seq_len": 32}
+
+    def load(config=None, **options):
+        config = config or QuipConfig(**{"dataset": "python-docs", **small, **options})
+        return AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=config)
+
+    return load
+
+
+@pytest.mark.parametrize("given", ["name", "file", "strings", "tokens"])
+def test_from_pretrained_quantizes_an_ordinary_model(
+    given, quantize_on_load, model_folder, tokenizer, text_file, tmp_path, token_ids
+):
+    texts = text_file.read_text().split(" and ")
+    dataset = {"name": "python-docs", "file": str(text_file), "strings": texts, "tokens": token_ids.flatten()}[given]
+    loaded = quantize_on_load(bits=3, dataset=dataset)
+    assert sum(isinstance(m, QuantizedLinear) for m in loaded.modules()) == 14
+    same = AutoModelForCausalLM.from_pretrained(model_folder)
+    quantize(same, tokenizer, 3, calibration=dataset, samples=4, seq_len=32)
+    assert torch.equal(logits(loaded, token_ids), logits(same, token_ids))
+    assert loaded.generate(token_ids[:1], attention_mask=torch.ones(1, 64), max_new_tokens=3).shape[1] > 64
+    loaded.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(again, token_ids), logits(loaded, token_ids), atol=1e-5)
+    stored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert stored.keys() == QuipConfig().to_dict().keys() and "dataset" not in stored
+
+
+def test_everything_that_quantize_takes_can_be_said_in_the_config(quantize_on_load, tokenizer, model_folder):
+    options = {"preset": "paper", "seed": 3, "permute": False, "tokenizer": tokenizer}
+    patterns = {"modules_to_not_convert": ["*.0.mlp.up_proj", "lm_head"], "bits_for": {"*.down_proj": 4}}
+    loaded = quantize_on_load(bits=2, **options, **patterns)
+    config = loaded.config.quantization_config
+    assert (config.bits, config.rescale, config.permute, config.incoherence) == (2, True, False, "kron")
+    assert config.modules_to_not_convert == ["model.layers.0.mlp.up_proj", "lm_head"]
+    assert config.bits_for == {f"model.layers.{i}.mlp.down_proj": 4 for i in range(2)}
+    assert "tokenizer" not in repr(config)
+    quantize_on_load(bits=2, tokenizer=str(model_folder))
+
+
+def test_what_cannot_be_quantized_on_load_is_an_error(quantize_on_load, model_folder, folder, tmp_path):
+    with pytest.raises(QuipError, match="takes a dataset"):
+        quantize_on_load(QuipConfig(bits=2))
+    with pytest.raises(QuipError, match="unknown choice sample"):
+        QuipConfig(dataset="c4", sample=4)
+    with pytest.raises(QuipError, match="unknown method 'gptq'"):
+        QuipConfig(dataset="c4", method="gptq")
+    with pytest.raises(QuipError, match="unknown data 'wikitext9'"):
+        quantize_on_load(dataset="wikitext9")
+    with pytest.raises(QuipError, match="text too short"):
+        quantize_on_load(dataset=["two words"])
+    places = {**dict.fromkeys(PARTS, "cpu"), "model.layers.1": "disk"}
+    with pytest.raises(QuipError, match="leaves nothing on disk"):
+        AutoModelForCausalLM.from_pretrained(
+            model_folder,
+            quantization_config=QuipConfig(dataset="python-docs"),
+            device_map=places,
+            offload_folder=tmp_path / "off",
+        )
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        again = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QuipConfig(dataset="python-docs"))
+    assert again.config.quantization_config.bits == 3

@@ -1,6 +1,7 @@
 """A checkpoint is data: whatever is done to its files, it is refused in one line, or loads as what it now says."""
 
 import json
+import logging
 import shutil
 import struct
 
@@ -13,6 +14,12 @@ from quip import cli, load_model, quantize_model, save_model
 from quip.errors import QuipError
 
 LAYER = "model.layers.1.self_attn.k_proj"
+
+
+@pytest.fixture(autouse=True)
+def own_handlers(monkeypatch):
+    """The command line logs to a stderr that ends with the test."""
+    monkeypatch.setattr(logging.getLogger("quip"), "handlers", [])
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +97,8 @@ CONFIG = [
     ("bits_for", {"lm_head": 2}, "bits_for names lm_head"),
     ("bits_for", {"model.layers.7.mlp.up_proj": 2}, "bits_for names model.layers.7.mlp.up_proj"),
     ("loading", "fast", "unknown field 'loading'"),
+    ("samples", 4, "unknown field 'samples'"),
+    ("dataset", "c4", "a dataset is of no use"),
     *(("quant_method", x, "") for x in ("gptq", "awq", "mxfp4", "none", 7, None, ["quip"])),
 ]
 
@@ -98,6 +107,12 @@ CONFIG = [
 def test_every_field_of_the_quantization_config_is_checked(field, value, words, folder, refused):
     edit_config(folder, lambda c: c["quantization_config"].update({field: value}))
     refused(words)
+
+
+@pytest.mark.parametrize("field", ["bits", "rescale", "quant_method"])
+def test_what_a_quantization_config_must_say(field, folder, refused):
+    edit_config(folder, lambda c: c["quantization_config"].pop(field))
+    refused()
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "quip", 3])
@@ -395,6 +410,7 @@ def test_code_that_comes_with_a_model_runs_only_if_asked_for(part, folder, refus
         edit_config(folder, lambda c: c.update(tokenizer_class="Tokenizer", auto_map=name), "tokenizer_config.json")
     refused("custom code")
     assert not (tmp_path / "ran").exists()
+    cli.main(["generate", str(folder), "hello", "--max-new-tokens", "1", "--trust-remote-code"])
     model, _ = load_model(str(folder), trust_remote_code=True)
     assert (tmp_path / "ran").exists() and model(torch.tensor([[1, 2]])).logits.isfinite().all()
 
@@ -428,3 +444,22 @@ def test_info_refuses_a_damaged_checkpoint(damage, folder, capsys):
     assert e.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("quip: error: "), lines
+
+
+def test_a_model_with_code_of_its_own_is_quantized_only_if_asked_for(tmp_path, capsys, text_file):
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_llama().save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    (source / "stranger.py").write_text(CODE.format(path=str(tmp_path / "ran")))
+    names = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "stranger.Model"}
+    edit_config(source, lambda c: c.update(model_type="stranger", auto_map=names))
+    command = ["quantize", str(source), str(out), "--bits", "4", "--calib", str(text_file)]
+    command += ["--samples", "2", "--seq-len", "32"]
+    with pytest.raises(SystemExit) as e:
+        cli.main(command)
+    assert e.value.code == 2 and "custom code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not out.exists()
+    cli.main([*command, "--trust-remote-code"])
+    assert load_model(str(out), trust_remote_code=True)[0].config.quantization_config.bits == 4
+    with pytest.raises(QuipError, match="custom code"):
+        load_model(str(out))
