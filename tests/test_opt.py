@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,21 @@ def test_biases_are_kept_and_matter(opt, ids, defaults):
             p.data.zero_()
     short = ids[:4096]
     assert perplexity_of(without, short) > 1.03 * perplexity_of(opt[0], short)
+
+
+@pytest.mark.slow
+def test_the_script_that_made_it_makes_the_same_tokenizer_and_files(tmp_path):
+    script = FOLDER.parents[2] / "tools/train_opt.py"
+    options = "--steps", "3", "--length", "64"
+    for name in ("a", "b"):
+        done = subprocess.run(
+            [sys.executable, script, tmp_path / name, *options], capture_output=True, text=True, check=True
+        )
+        assert "perplexity" in done.stdout
+    files = {path.name for path in FOLDER.iterdir()} - {"README.md"}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == files
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    if sys.version_info[:3] == (3, 11, 7):  # the text of the Python that made it
+        for file in ("tokenizer.json", "config.json", "evaluation.txt", "calibration.txt"):
+            assert (tmp_path / "a" / file).read_bytes() == (FOLDER / file).read_bytes(), file
