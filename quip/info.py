@@ -75,6 +75,15 @@ def mean_loss(layers: dict[str, dict]) -> float:
     return sum(losses) / len(losses) if losses else 0.0
 
 
+def finite(content):
+    """`content` with every NaN and infinity, at any depth, replaced by None: JSON has neither."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def tensor_sizes(file: Path) -> dict[str, tuple[int, int]]:
     """Bytes and number of entries of every tensor in a safetensors file, from its header."""
     sizes = {}

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from quip import models
+from quip import cli, models, results
 from quip.algorithm import quantize_matrix
 from quip.bounds import layer_report
 from quip.errors import QuipError
-from quip.info import mean_loss, notes
+from quip.info import finite, mean_loss, notes
 from quip.kernels import QuantizedLinear
 from quip.methods import METHODS, choose, matrix_arguments
 from quip.proxy import SecondMoment, power_of_two, relative_proxy_loss
@@ -165,6 +165,39 @@ def test_the_mean_leaves_out_layers_without_a_relative_loss():
     layers = {name: {"relative_proxy_loss": loss} for name, loss in {"a": 0.1, "b": None, "c": 0.3}.items()}
     assert mean_loss(layers) == pytest.approx(0.2)
     assert mean_loss({"b": layers["b"]}) == 0
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    content = {"ppl": math.inf, "rows": [{"x": (math.nan, 1.5, -math.inf)}, 3, "NaN", None, True]}
+    expected = {"ppl": None, "rows": [{"x": [None, 1.5, None]}, 3, "NaN", None, True]}
+    assert finite(content) == expected
+    for write in (cli.write_json, results.write_record):
+        write(str(tmp_path / "file.json"), content)
+        text = (tmp_path / "file.json").read_text(encoding="utf-8")
+        assert json.loads(text, parse_constant=no_constant) == expected
+
+
+def test_a_checkpoint_of_a_layer_without_relative_loss(tmp_path, tokenizer, token_ids, capsys):
+    """From quantizing to `quip info`: the report is strict JSON, and what was unusual has its line."""
+    model = dead_relu()
+    model.model.decoder.layers[1].fc2.weight.data[:, ::2] = 0
+    model.model.decoder.layers[0].fc1.bias.data[:48] = -1e3
+    model.model.decoder.layers[0].fc2.weight.data[:, 48:] = 0  # reads dead units only
+    reports = models.quantize_model(model, token_ids, 2, progress=False)
+    assert reports["model.decoder.layers.0.fc2"]["relative_proxy_loss"] is None
+    models.save_model(model, tokenizer, tmp_path / "out", reports, {"bits": 2})
+    text = (tmp_path / "out" / models.REPORT).read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=no_constant)["layers"] == reports
+    cli.main(["info", str(tmp_path / "out"), "--json", str(tmp_path / "info.json")])
+    json.loads((tmp_path / "info.json").read_text(encoding="utf-8"), parse_constant=no_constant)
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.decoder.layers.0.fc2: 48 of 96 inputs are 0 on all calibration text" in lines
+    assert "model.decoder.layers.1.fc2: 96 of 96 inputs are 0 on all calibration text" in lines
+    assert "model.decoder.layers.0.fc2: its outputs are 0 on all calibration text" in "\n".join(lines)
 
 
 # the second moment
