@@ -15,7 +15,7 @@ from quip.algorithm import quantize_matrix
 from quip.bounds import layer_report
 from quip.errors import QuipError
 from quip.info import finite, mean_loss, notes
-from quip.kernels import QuantizedLinear
+from quip.kernels import QuantizedLinear, linear_torch
 from quip.methods import METHODS, choose, matrix_arguments
 from quip.proxy import SecondMoment, power_of_two, relative_proxy_loss
 
@@ -236,6 +236,22 @@ def test_power_of_two_is_the_leading_bit():
         assert power_of_two(torch.tensor([0.0, x], dtype=torch.float64)) == unit
     for x in ([], [0.0], [math.nan], [math.inf, 1.0]):
         assert power_of_two(torch.tensor(x)) == 1
+
+
+# the layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("apply", [QuantizedLinear.__call__, lambda layer, x: linear_torch(x, *layer.tensors())])
+def test_massive_inputs_overflow_only_where_the_output_does(apply, dtype):
+    """A token of norm 60000·√40 has a V x beyond float16, and outputs that are not."""
+    q = quantize_matrix(0.03 * normal(24, 768), moment_of(normal(900, 768, seed=2)), 4)
+    x = 0.1 * normal(3, 768, seed=4)
+    x[0, :40] = 60000
+    x = x.to(dtype)
+    y, exact = apply(QuantizedLinear.from_matrix(q), x), x.double() @ q.dequantize().T
+    assert y.dtype == dtype and exact.abs().max() < 65000
+    assert ((y - exact).norm(dim=1) < 0.02 * exact.norm(dim=1)).all()
 
 
 # whole models
