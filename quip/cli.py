@@ -163,8 +163,10 @@ def pick_device(name: str | None) -> str:
 
 
 def write_json(file: str, content: dict | list) -> None:
+    from quip.info import finite
+
     try:
-        Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as e:
         raise QuipError(f"cannot write {file}: {e.strerror}") from None
 
@@ -185,6 +187,7 @@ class ProgressBar:
 
 
 def run_quantize(args: argparse.Namespace) -> None:
+    from quip.info import mean_loss
     from quip.pipeline import quantize_to_folder
 
     quiet_transformers()
@@ -209,10 +212,9 @@ def run_quantize(args: argparse.Namespace) -> None:
         progress=ProgressBar(),
         **changes,
     )
-    layers = result["layers"].values()
-    loss = sum(r["relative_proxy_loss"] for r in layers) / len(layers)
-    widths = " and ".join(map(str, sorted({r["bits"] for r in layers})))
-    print(f"{args.out}: {len(layers)} layers in {widths} bits, mean relative proxy loss {loss:.4f}")
+    layers = result["layers"]
+    widths = " and ".join(map(str, sorted({r["bits"] for r in layers.values()})))
+    print(f"{args.out}: {len(layers)} layers in {widths} bits, mean relative proxy loss {mean_loss(layers):.4f}")
     print(f"calibrated on {result['settings']['calibration']}, {time.perf_counter() - start:.0f} s")
 
 
@@ -335,26 +337,36 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def print_layers(layers: dict[str, dict]) -> None:
-    """A line for each layer: its size, then what the theory says of it (chapter 6), then the loss that was measured."""
+    """A line for each layer: its size, then what the theory says of it (chapter 6), then the loss that was measured.
+
+    Then a line for everything that was unusual.
+    """
+    from quip.info import notes
+
     name_width = max(map(len, layers))
     print(f"{'':{name_width}}             bits/             own → rotated basis     relative proxy loss")
     print(f"{'layer':{name_width}}     shape  weight     ρ    μ(W)      μ(H)      trD/trH  predicted  measured")
     for name, x in layers.items():
         shape = "×".join(map(str, x["shape"]))
         mu_W, mu_H = pair(x.get("mu_weights"), ".1f"), pair(x.get("mu_hessian"), ".1f")
-        predicted = f"{x['predicted_loss']:.2g}" if "predicted_loss" in x else "-"
+        predicted, loss = number(x.get("predicted_loss")), number(x["relative_proxy_loss"])
         print(
             f"{name:{name_width}} {shape:>9} {x['bits_per_weight']:7.3f} {x['rho']:5.2f}  {mu_W:9} {mu_H:9}"
-            f" {pair(x.get('trace_ratio'), '.2f'):9} {predicted:>8}  {x['relative_proxy_loss']:8.2g}"
+            f" {pair(x.get('trace_ratio'), '.2f'):9} {predicted:>8}  {loss:>8}"
         )
     for name, x in layers.items():
-        if "alpha_asked" in x:
-            print(f"{name}: H would not factor; damping raised from {x['alpha_asked']:.2g} to {x['alpha']:.2g}")
+        for note in notes(x):
+            print(f"{name}: {note}")
 
 
 def pair(values: list[float] | None, form: str) -> str:
     """`before→after`, or a dash where the report lacks it."""
     return "→".join(format(x, form) for x in values) if values else "-"
+
+
+def number(value: float | None) -> str:
+    """Two digits, or a dash where the report has no figure."""
+    return "-" if value is None else f"{value:.2g}"
 
 
 def quiet_transformers() -> None:

@@ -81,6 +81,38 @@ def check_values(name: str, values: dict) -> None:
         raise ValueError(f"shape of {name} is not positive")
 
 
+def notes(layer: dict) -> list[str]:
+    """What was unusual about a layer, from its entry in the report: a line each, most often none."""
+    n, lines = layer["shape"][1], []
+    tokens = layer.get("tokens", n)
+    if tokens < n:
+        lines.append(f"{tokens} calibration tokens for {n} inputs: what they do not show is left to the damping")
+    if "alpha_asked" in layer:
+        lines.append(f"H would not factor; damping raised from {layer['alpha_asked']:.2g} to {layer['alpha']:.2g}")
+    if layer.get("dead_inputs"):
+        lines.append(f"{layer['dead_inputs']} of {n} inputs are 0 on all calibration text")
+    if n > 1 and layer.get("largest_input", 0) > 0.9:
+        lines.append(f"massive activation: one input has {layer['largest_input']:.2%} of tr H")
+    if layer["relative_proxy_loss"] is None:
+        lines.append("its outputs are 0 on all calibration text, those of the quantized layer are not")
+    return lines
+
+
+def mean_loss(layers: dict[str, dict]) -> float:
+    """Mean relative proxy loss of the layers that have one."""
+    losses = [x["relative_proxy_loss"] for x in layers.values() if x["relative_proxy_loss"] is not None]
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+def finite(content):
+    """`content` with every NaN and infinity, at any depth, replaced by None: JSON has neither."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def tensor_sizes(file: Path) -> dict[str, tuple[int, int]]:
     """Bytes and number of entries of every tensor in a safetensors file, from its header."""
     sizes = {}

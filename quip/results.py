@@ -26,6 +26,7 @@ from quip.cli import ProgressBar, fail, pick_device, print_rows, quiet_transform
 from quip.errors import QuipError
 from quip.families import block_calls, decoder_blocks, quantizable, run_block, weight
 from quip.incoherence import KroneckerTransform, mu_weights
+from quip.info import finite, mean_loss
 from quip.layers import save_layers
 from quip.ldlq import feedback_round, ldl
 from quip.loading import load_model
@@ -275,10 +276,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
             continue
         start, copied, more = time.perf_counter(), copy.deepcopy(model), {}
         if bits < 16:
-            reports = models.quantize_model(
-                copied, samples, bits, args.seed, progress=ProgressBar(), **VARIANTS[variant]
-            )
-            more["mean_loss"] = sum(report["relative_proxy_loss"] for report in reports.values()) / len(reports)
+            changes = {"progress": ProgressBar(), **VARIANTS[variant]}
+            reports = models.quantize_model(copied, samples, bits, args.seed, **changes)
+            more["mean_loss"] = mean_loss(reports)
         more |= evaluate.perplexity(copied, ids, args.eval_len)
         more |= {"seconds": round(time.perf_counter() - start), "commit": about["commit"]}
         rows.append({"variant": variant, "bits": bits, **more})
@@ -333,7 +333,7 @@ def run_needs(args: argparse.Namespace) -> None:
 
 
 def write_record(path: str, record: dict) -> None:
-    """Write a record as JSON, its figures to four digits, all at once or not at all."""
+    """Write a record as JSON, its figures to four digits, and null what is not finite; all at once or not at all."""
 
     def short(x):
         if isinstance(x, dict):
@@ -345,7 +345,7 @@ def write_record(path: str, record: dict) -> None:
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(out.name + ".part")
-    lines = json.dumps(short(record), indent=1, ensure_ascii=False)
+    lines = json.dumps(finite(short(record)), indent=1, ensure_ascii=False, allow_nan=False)
     # a list of figures on one line, so that a diff shows figures and not brackets
     flat = re.sub(r"\[\s*([^\[\]{}]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", lines)
     staging.write_text(flat + "\n", encoding="utf-8")
