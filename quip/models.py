@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .algorithm import quantize_matrix
-from .bounds import MU_WIDTH, layer_report
+from .bounds import MU_WIDTH, decompose, layer_report
 from .errors import QuipError
 from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
 from .kernels import QuantizedLinear
@@ -224,7 +224,7 @@ def quantize_block(
     for names, moment in moments:
         H = moment.H
         check_hessian(H, f"{prefix}.{names[0]}")
-        Q = torch.linalg.eigh(H.float()).eigenvectors if len(H) <= MU_WIDTH else None  # for the report
+        Q = decompose(H.float())[1] if len(H) <= MU_WIDTH else None  # for the report
         for name in names:
             layer, full = block.get_submodule(name), f"{prefix}.{name}"
             seeds = (layer_seed(seed, f"{prefix}.{names[0]}/V"), layer_seed(seed, f"{full}/U"))
