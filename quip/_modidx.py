@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'quip.bounds.Inequality.holds': ('bounds.html#inequality.holds', 'quip/bounds.py'),
                              'quip.bounds.cauchy_schwarz': ('bounds.html#cauchy_schwarz', 'quip/bounds.py'),
                              'quip.bounds.combination': ('bounds.html#combination', 'quip/bounds.py'),
+                             'quip.bounds.decompose': ('bounds.html#decompose', 'quip/bounds.py'),
                              'quip.bounds.effective_rank': ('bounds.html#effective_rank', 'quip/bounds.py'),
                              'quip.bounds.eigen': ('bounds.html#eigen', 'quip/bounds.py'),
                              'quip.bounds.improvement': ('bounds.html#improvement', 'quip/bounds.py'),

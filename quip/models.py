@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .algorithm import quantize_matrix
-from .bounds import MU_WIDTH, layer_report
+from .bounds import MU_WIDTH, decompose, layer_report
 from .errors import QuipError
 from .families import Call, block_calls, decoder_blocks, quantizable, run_block, weight
 from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
@@ -105,7 +105,7 @@ def quantize_block(
     while moments:
         names, H = moments[0][0], moments.pop(0)[1].H
         check_hessian(H, f"{name}.{names[0]}")
-        Q = torch.linalg.eigh(H.float()).eigenvectors if len(H) <= MU_WIDTH else None  # for the report
+        Q = decompose(H.float())[1] if len(H) <= MU_WIDTH else None  # for the report
         for key in names:
             layer, full = block.get_submodule(key), f"{name}.{key}"
             W, bits = weight(layer), plan.widths[full]

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from quip import cli, models, results, save_model
 from quip.algorithm import quantize_matrix
-from quip.bounds import layer_report
+from quip.bounds import decompose, layer_report
 from quip.checkpoint import REPORT
 from quip.errors import QuipError
 from quip.info import finite, mean_loss, notes
@@ -199,6 +199,24 @@ def test_a_checkpoint_of_a_layer_without_relative_loss(tmp_path, tokenizer, toke
     assert "model.decoder.layers.0.fc2: 48 of 96 inputs are 0 on all calibration text" in lines
     assert "model.decoder.layers.1.fc2: 96 of 96 inputs are 0 on all calibration text" in lines
     assert "model.decoder.layers.0.fc2: its outputs are 0 on all calibration text" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decomposition_that_does_not_converge_is_tried_again(dtype, failures, monkeypatch):
+    H = moment_of(X[:7]).to(dtype)
+    calls, eigh = [], torch.linalg.eigh
+
+    def stubborn(A):
+        calls.append(A)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    values, Q = decompose(H)
+    assert len(calls) == failures + 1 and values.dtype == Q.dtype == dtype
+    assert torch.allclose(Q * values @ Q.T, H, atol=1e-5 * H.max())
 
 
 # the second moment
