@@ -14,10 +14,10 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 
 .NOTPARALLEL:
-.PHONY: help install demo test test-slow book export execute drift clean
+.PHONY: help install demo test test-slow test-oldest book export execute drift clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -55,6 +55,21 @@ test: .venv/.installed ## lint, check the export, run the tests and every notebo
 
 test-slow: .venv/.installed ## the tests that need a real model and minutes
 	$(BIN)/pytest -m slow
+
+# The oldest releases that pyproject.toml allows; everything else is borrowed from .venv.
+OLDEST := transformers==5.0.0 peft==0.20.0
+
+.venv-oldest/.installed: Makefile .venv/.installed
+	$(BIN)/python -m venv --clear .venv-oldest
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth
+	.venv-oldest/bin/python -m pip install $(OLDEST)
+	touch $@
+
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: export HF_HUB_OFFLINE = 1
+test-oldest: .venv-oldest/.installed ## the tests that meet Transformers, on the oldest one that the package allows
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider $(patsubst %,tests/test_%.py,families hf lora untrusted models cli evaluate)
 
 book: .venv/.installed ## build the book into _build/html; warnings are errors
 	$(BIN)/jupyter-book build . --all -W --keep-going -n

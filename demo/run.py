@@ -20,8 +20,8 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from quip import data, models
-from quip.cli import quiet_transformers
+from quip import data, load_model, quantize_model, save_model
+from quip.cli import ProgressBar, quiet_transformers
 from quip.evaluate import perplexity
 from quip.info import checkpoint_info
 
@@ -45,10 +45,10 @@ def measure(model, tokenizer, ids: torch.Tensor) -> dict:
 def quantize(model, tokenizer, bits: int, samples: torch.Tensor, source: str) -> tuple[Path, dict]:
     """Quantize a copy of the model and save it; the checkpoint's folder and what it holds."""
     model, start = copy.deepcopy(model), time.perf_counter()
-    reports = models.quantize_model(model, samples, bits, SEED)
+    reports = quantize_model(model, samples, bits, SEED, progress=ProgressBar())
     settings = {"model": MODEL, "bits": bits, "preset": "default", "seed": SEED, "calibration": source}
     settings |= {"samples": len(samples), "seq_len": samples.shape[1]}
-    folder = models.save_model(model, tokenizer, CHECKPOINTS / f"{bits}bit", reports, settings)
+    folder = save_model(model, tokenizer, CHECKPOINTS / f"{bits}bit", reports, settings)
     return folder, {"seconds": time.perf_counter() - start, **checkpoint_info(folder)}
 
 
@@ -59,7 +59,7 @@ def run() -> dict:
     say(f"calibration text: {calibration.source}")
     say(f"evaluation text:  {evaluation.source}")
     shutil.rmtree(CHECKPOINTS, ignore_errors=True)
-    model, tokenizer = models.load_model(MODEL)
+    model, tokenizer = load_model(MODEL)
     samples = data.samples(data.tokenize(tokenizer, calibration), **CALIBRATION, seed=SEED, source=calibration.source)
     ids = data.tokenize(tokenizer, evaluation)[:TOKENS]
     parameters = sum(p.numel() for p in model.parameters())
@@ -75,7 +75,7 @@ def run() -> dict:
                 "file_bytes": made["totals"]["file_bytes"],
                 "quantize_seconds": made["seconds"],
                 "relative_proxy_loss": {k: v["relative_proxy_loss"] for k, v in made["layers"].items()},
-                **measure(*models.load_model(str(folder)), ids),  # from the file, as any user would
+                **measure(*load_model(str(folder)), ids),  # from the file, as any user would
             }
         )
     return {

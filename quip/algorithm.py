@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rounder', 'Refinement', 'PRESETS', 'to_grid', 'from_grid', 'rescaling', 'Basis', 'search_range', 'column_order',
-           'round_matrix', 'clamp_first', 'QuantizedMatrix', 'quantize_matrix', 'check_input']
+           'round_matrix', 'clamp_first', 'QuantizedMatrix', 'quantize_matrix', 'describe', 'check_input']
 
 # %% ../book/05_quip.ipynb #quip-09
 import math
@@ -16,7 +16,7 @@ import torch
 from .errors import QuipError
 from .incoherence import IdentityTransform, KroneckerTransform, make_transform
 from .ldlq import damp_to_definite, ldlq_rounder
-from .proxy import check_hessian, relative_proxy_loss
+from .proxy import check_hessian, power_of_two, relative_proxy_loss
 
 Rounder = Callable[[torch.Tensor, int], torch.Tensor]  # (W in grid units (m, n), maxq) -> codes (m, n)
 Refinement = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # (W, codes, H, maxq) -> codes
@@ -134,7 +134,9 @@ class QuantizedMatrix:
     """Codes `(m, n)` uint8 on the grid of `bits` and `scale`, in `basis`; `report` says how it went.
 
     `report`: alpha, the damping (and alpha_asked, if H would not factor with that), rho, relative_proxy_loss (against
-    the undamped H), clamped (share of codes at either end of the grid). `settings`: alpha, center and order, as used.
+    the undamped H; None where that is infinite), clamped (share of codes at either end of the grid), dead_inputs (how
+    many are 0 on every token, if any) and largest_input (its share of tr H). `settings`: alpha, center and order, as
+    used.
     """
 
     codes: torch.Tensor
@@ -180,13 +182,15 @@ def quantize_matrix(
     V and U. `rounder(H)` returns the rounding, `refine` improves its codes. `rescale`, the damping `alpha` and
     `center`, and `order`, `rho` and `pre_clamp` of `round_matrix` are the choices of `PRESETS`. Where the damped H
     cannot be factored, `damp_to_definite` damps it more, and the report says so. Computed in float64 but for the
-    rounding, in float32. Raises `QuipError`, naming `name`, for bad input.
+    rounding, in float32, and in units of powers of two, so that the codes depend on no units of W and H. Raises
+    `QuipError`, naming `name`, for bad input.
     """
     check_input(W, H, bits, name)
-    W, H = W.double(), H.double()
     m, n = W.shape
     asked = alpha
     damped, alpha = damp_to_definite(H, alpha, center, name)
+    unit, unit_H = power_of_two(W), power_of_two(damped)
+    W, H, damped = W.double() / unit, H.double() / unit_H, damped / unit_H
     kind = {"dtype": torch.float64, "incoherence": incoherence, "permute": permute}
     V, U = (make_transform(k, s, **kind).to(W.device) for k, s in zip((n, m), seeds, strict=True))
     basis = Basis(V, U, rescaling(W, damped).float().double() if rescale else None)
@@ -195,16 +199,22 @@ def quantize_matrix(
         codes, scale, rho = round_matrix(W_.float(), H_, bits, rounder, refine, order, rho, pre_clamp)
     except QuipError as e:
         raise QuipError(f"{name}: {e}") from e
-    result = QuantizedMatrix(codes, scale, bits, basis, {"alpha": alpha, "center": center, "order": order})
-    result.report.update(
-        alpha=alpha,
-        rho=rho,
-        relative_proxy_loss=relative_proxy_loss(result.dequantize(), W, H),
-        clamped=((codes == 0) | (codes == 2**bits - 1)).float().mean().item(),
-    )
-    if alpha != asked:
-        result.report["alpha_asked"] = asked
+    result = QuantizedMatrix(codes, scale * unit, bits, basis, {"alpha": alpha, "center": center, "order": order})
+    result.report.update(alpha=alpha, **({} if alpha == asked else {"alpha_asked": asked}), rho=rho)
+    result.report.update(describe(codes, bits, result.dequantize() / unit, W, H))
     return result
+
+
+def describe(codes: torch.Tensor, bits: int, What: torch.Tensor, W: torch.Tensor, H: torch.Tensor) -> dict:
+    """What `QuantizedMatrix.report` says of a result and of what was unusual about its H."""
+    loss, h = relative_proxy_loss(What, W, H), H.diagonal()
+    dead = (h == 0).sum().item()
+    return {
+        "relative_proxy_loss": loss if math.isfinite(loss) else None,  # infinity is no JSON
+        "clamped": ((codes == 0) | (codes == 2**bits - 1)).float().mean().item(),
+        **({"dead_inputs": dead} if dead else {}),
+        "largest_input": (h.max() / h.sum()).item() if h.any() else 0.0,
+    }
 
 
 def check_input(W: torch.Tensor, H: torch.Tensor, bits: int, name: str) -> None:
@@ -215,4 +225,6 @@ def check_input(W: torch.Tensor, H: torch.Tensor, bits: int, name: str) -> None:
         raise QuipError(f"{name}: weights {tuple(W.shape)} do not fit a Hessian {tuple(H.shape)}")
     if not torch.isfinite(W).all():
         raise QuipError(f"{name}: the weights have NaN or infinite entries")
+    if W.abs().max() > torch.finfo(torch.float32).max / 256:
+        raise QuipError(f"{name}: the weights are too large for a scale in float32")
     check_hessian(H, name)

@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
     except QuipError as e:
         sys.exit(fail(str(e), 2))
-    except KeyboardInterrupt:
-        sys.exit(fail("interrupted", 130))
+    except KeyboardInterrupt as e:
+        sys.exit(fail(f"interrupted: {e}" if str(e) else "interrupted", 130))
 
 
 def show_own_warnings() -> None:
@@ -55,9 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--samples", type=int, default=64, help="calibration samples (default: 64)")
     p.add_argument("--seq-len", type=int, default=1024, help="tokens in a sample (default: 1024)")
     p.add_argument("--seed", type=int, default=0, help="of samples and transforms (default: 0)")
+    layers = p.add_argument_group("layers", "patterns for full names, such as model.layers.0.mlp.up_proj")
+    layers.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="keep in 16 bits; repeatable")
+    layers.add_argument("--bits-for", action="append", default=[], metavar="PATTERN=B", help="other widths; repeatable")
     add_choices(p.add_argument_group("method"))
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    p.add_argument("--offload", metavar="FOLDER", help="keep activations in a file there instead of in memory")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is a checkpoint of quip")
+    p.add_argument("--restart", action="store_true", help="throw away the work of an unfinished run in OUT.part")
+    add_trust(p)
     p.set_defaults(run=run_quantize)
 
     p = commands.add_parser("eval", help="measure perplexity")
@@ -67,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, help="read no more than this many tokens")
     p.add_argument("--json", metavar="FILE", help="write the result to FILE")
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    add_trust(p)
     p.set_defaults(run=run_eval)
 
     p = commands.add_parser("generate", help="continue a prompt")
@@ -74,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("prompt")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
+    add_trust(p)
     p.set_defaults(run=run_generate)
 
     p = commands.add_parser("info", help="show what a checkpoint holds")
@@ -100,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     p.set_defaults(run=run_bench)
     return parser
+
+
+def add_trust(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; never done otherwise",
+    )
 
 
 def add_choices(p: argparse._ArgumentGroup) -> None:
@@ -147,52 +163,78 @@ def pick_device(name: str | None) -> str:
 
 
 def write_json(file: str, content: dict | list) -> None:
+    from quip.info import finite
+
     try:
-        Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        Path(file).write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as e:
         raise QuipError(f"cannot write {file}: {e.strerror}") from None
 
 
+class ProgressBar:
+    """A bar on stderr that `progress` of `quip.quantize` and others moves on, block by block."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, done: int, count: int, reports: dict[str, dict]) -> None:
+        from tqdm import tqdm
+
+        self.bar = self.bar or tqdm(total=count, desc="quantize", unit="block")
+        self.bar.update(done - self.bar.n)
+        if done == count:
+            self.bar.close()
+
+
 def run_quantize(args: argparse.Namespace) -> None:
-    from quip import data, models
+    from quip.info import mean_loss
+    from quip.pipeline import quantize_to_folder
 
     quiet_transformers()
-    changes = given_choices(args)
-    choices = models.check_arguments(args.bits, args.seed, args.preset, **changes)
-    models.check_output(Path(args.out), args.overwrite)
-    device = pick_device(args.device)
-    text = data.load_text(args.calib, "calibration")
-    model, tokenizer = models.load_model(args.model, device)
-    ids = data.tokenize(tokenizer, text)
-    chosen = data.samples(ids, args.samples, args.seq_len, args.seed, text.source)
     start = time.perf_counter()
-    reports = models.quantize_model(model, chosen, args.bits, args.seed, args.preset, **changes)
-    settings = {
-        "model": args.model,
-        "bits": args.bits,
-        "preset": args.preset,
-        **choices,
-        "seed": args.seed,
-        "calibration": text.source,
-        "samples": args.samples,
-        "seq_len": args.seq_len,
-        "quip": __version__,
-    }
-    out = models.save_model(model, tokenizer, args.out, reports, settings, args.overwrite)
-    loss = sum(r["relative_proxy_loss"] for r in reports.values()) / len(reports)
-    print(f"{out}: {len(reports)} layers in {args.bits} bits, mean relative proxy loss {loss:.4f}")
-    print(f"calibrated on {text.source}, {time.perf_counter() - start:.0f} s")
+    changes, bits_for = given_choices(args), dict(map(parse_width, args.bits_for))
+    result = quantize_to_folder(
+        args.model,
+        args.out,
+        args.bits,
+        calibration=args.calib,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        preset=args.preset,
+        skip=args.skip,
+        bits_for=bits_for,
+        device=pick_device(args.device),
+        offload=args.offload,
+        overwrite=args.overwrite,
+        restart=args.restart,
+        trust_remote_code=args.trust_remote_code,
+        progress=ProgressBar(),
+        **changes,
+    )
+    layers = result["layers"]
+    widths = " and ".join(map(str, sorted({r["bits"] for r in layers.values()})))
+    print(f"{args.out}: {len(layers)} layers in {widths} bits, mean relative proxy loss {mean_loss(layers):.4f}")
+    print(f"calibrated on {result['settings']['calibration']}, {time.perf_counter() - start:.0f} s")
+
+
+def parse_width(text: str) -> tuple[str, int]:
+    """`*.down_proj=4` as a pattern and a width."""
+    pattern, equals, bits = text.rpartition("=")
+    if not equals or not pattern or not bits.isdecimal():
+        raise QuipError(f"--bits-for takes PATTERN=B such as *.down_proj=4, got {text!r}")
+    return pattern, int(bits)
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from quip import data, evaluate, models
+    from quip import data, evaluate, load_model
 
     quiet_transformers()
     device = pick_device(args.device)
     text = data.load_text(args.data, "evaluation")
     if args.max_tokens is not None and args.max_tokens < args.seq_len:
         raise QuipError(f"--max-tokens {args.max_tokens} is less than one window of {args.seq_len}")
-    model, tokenizer = models.load_model(args.model, device)
+    model, tokenizer = load_model(args.model, device, trust_remote_code=args.trust_remote_code)
     ids = data.tokenize(tokenizer, text)[: args.max_tokens]
     result = {"model": args.model, "data": text.source, **evaluate.perplexity(model, ids, args.seq_len)}
     if args.json:
@@ -203,12 +245,12 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
-    from quip import models
+    from quip import load_model
 
     quiet_transformers()
     if args.max_new_tokens < 1:
         raise QuipError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
-    model, tokenizer = models.load_model(args.model, pick_device(args.device))
+    model, tokenizer = load_model(args.model, pick_device(args.device), trust_remote_code=args.trust_remote_code)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.shape[1] == 0:
         raise QuipError("the prompt is empty")
@@ -245,7 +287,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
     """The rows of the benchmark that was asked for, as they come."""
-    from quip import bench, cpu
+    from quip import bench, bench_cuda, cpu
 
     sizes = [parse_size(size) for size in args.sizes or ()]
     if args.what == "quantize":
@@ -253,6 +295,8 @@ def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
     device = pick_device(args.device)
     if device == "cpu":
         print(f"CPU kernel: {cpu.backend()}{f' ({cpu.load()[1]})' if cpu.load()[1] else ''}", file=sys.stderr)
+    if args.what == "kernels" and device.startswith("cuda"):
+        return bench_cuda.bench_kernels(sizes or bench_cuda.SIZES, bits, args.batch)
     if args.what == "kernels":
         return bench.bench_kernels(sizes or bench.KERNEL_SIZES, bits, args.batch, args.repeats, device=device)
     return iter(bench_generate(args, device))
@@ -262,14 +306,14 @@ def bench_generate(args: argparse.Namespace, device: str) -> list[dict]:
     """Load the models to compare, and time them."""
     import torch
 
-    from quip import bench, models
+    from quip import bench, load_model
 
     if not args.models:
         raise QuipError("bench generate needs the models to compare, such as a checkpoint and smollm2")
     dtype = getattr(torch, args.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise QuipError(f"--dtype must be a floating-point type such as bfloat16, got {args.dtype!r}")
-    loaded = {name: models.load_model(name, device, dtype) for name in args.models}
+    loaded = {name: load_model(name, device, dtype) for name in args.models}
     tokenizer = next(iter(loaded.values()))[1]
     only = {name: model for name, (model, _) in loaded.items()}
     return bench.bench_generate(only, tokenizer, "The three states of matter are", args.tokens, args.repeats)
@@ -295,26 +339,36 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def print_layers(layers: dict[str, dict]) -> None:
-    """A line for each layer: its size, then what the theory says of it (chapter 6), then the loss that was measured."""
+    """A line for each layer: its size, then what the theory says of it (chapter 6), then the loss that was measured.
+
+    Then a line for everything that was unusual.
+    """
+    from quip.info import notes
+
     name_width = max(map(len, layers))
     print(f"{'':{name_width}}             bits/             own → rotated basis     relative proxy loss")
     print(f"{'layer':{name_width}}     shape  weight     ρ    μ(W)      μ(H)      trD/trH  predicted  measured")
     for name, x in layers.items():
         shape = "×".join(map(str, x["shape"]))
         mu_W, mu_H = pair(x.get("mu_weights"), ".1f"), pair(x.get("mu_hessian"), ".1f")
-        predicted = f"{x['predicted_loss']:.2g}" if "predicted_loss" in x else "-"
+        predicted, loss = number(x.get("predicted_loss")), number(x["relative_proxy_loss"])
         print(
             f"{name:{name_width}} {shape:>9} {x['bits_per_weight']:7.3f} {x['rho']:5.2f}  {mu_W:9} {mu_H:9}"
-            f" {pair(x.get('trace_ratio'), '.2f'):9} {predicted:>8}  {x['relative_proxy_loss']:8.2g}"
+            f" {pair(x.get('trace_ratio'), '.2f'):9} {predicted:>8}  {loss:>8}"
         )
     for name, x in layers.items():
-        if "alpha_asked" in x:
-            print(f"{name}: H would not factor; damping raised from {x['alpha_asked']:.2g} to {x['alpha']:.2g}")
+        for note in notes(x):
+            print(f"{name}: {note}")
 
 
 def pair(values: list[float] | None, form: str) -> str:
     """`before→after`, or a dash where the report lacks it."""
     return "→".join(format(x, form) for x in values) if values else "-"
+
+
+def number(value: float | None) -> str:
+    """Two digits, or a dash where the report has no figure."""
+    return "-" if value is None else f"{value:.2g}"
 
 
 def quiet_transformers() -> None:

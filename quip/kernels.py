@@ -76,6 +76,9 @@ def centred(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
 
 def linear_torch(x, qweight, scale, bits, rescale, bias, v_perm, v_factors, u_perm, u_factors) -> torch.Tensor:
     """`linear` in pure torch, on any device, in any type: at every call the codes are unpacked into a dense matrix."""
+    if x.dtype == torch.float16:  # V x and C z can leave its range where y does not
+        tensors = qweight, scale, bits, rescale, bias, v_perm, v_factors, u_perm, u_factors
+        return linear_torch(x.float(), *tensors).half()
     z = x if rescale is None else x / rescale.to(x.dtype)
     z = kronecker_transform(z, v_perm, v_factors)
     y = torch.nn.functional.linear(z, centred(unpack(qweight, bits, x.shape[-1]), bits, x.dtype))

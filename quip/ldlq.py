@@ -30,9 +30,9 @@ def ldl(
     for dtype in dict.fromkeys((given, torch.float64)):
         L, failed = torch.linalg.cholesky_ex(H.to(dtype).flip(0, 1))
         if not failed:
-            R = L.flip(0, 1)
-            d = R.diagonal()
-            return (R / d).triu(1).to(given), (d**2).to(given)
+            L = L.flip(0, 1)
+            d = L.diagonal().clone()
+            return L.div_(d).triu_(1).to(given), (d**2).to(given)  # in place: a wide H is most of what is in memory
     raise QuipError(f"H is not positive definite but singular up to rounding: {_eigenvalue_range(H)}; use more damping")
 
 # %% ../book/03_ldlq.ipynb #ldlq-33
@@ -69,9 +69,11 @@ def damp_to_definite(
     v = H @ H.sum(1)
     largest = (v @ H @ v) / (v @ v) if v.any() else 0.0  # a Rayleigh quotient: at most the largest eigenvalue
     if first[0, 0] - H[0, 0] >= INDEFINITE * largest:  # so much damping could hide an indefinite H
-        lifted = H + INDEFINITE * largest * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        lifted = H.clone()
+        lifted.diagonal().add_(INDEFINITE * largest)
         if torch.linalg.cholesky_ex(lifted)[1]:
             _eigenvalue_range(H, name)
+        del lifted
     more = [alpha * 10.0**k for k in range(1, 16)] if alpha else [10.0**k for k in range(-6, 1)]
     words = ""
     for tried in [alpha, *(a for a in more if a <= 1)]:
@@ -121,6 +123,7 @@ def feedback_round(
 
     if len(Wt) > 0:
         sweep(0, len(Wt))
+    sweep = None  # it refers to itself: all of this would stay in memory until the next garbage collection
     return T.T
 
 

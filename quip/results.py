@@ -20,13 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quip import bench, bounds, cpu, data, evaluate, models
+from quip import bench, bench_cuda, bounds, cpu, data, evaluate, models, needs
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
-from quip.cli import fail, pick_device, print_rows, quiet_transformers, show_own_warnings
+from quip.cli import ProgressBar, fail, pick_device, print_rows, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
+from quip.families import block_calls, decoder_blocks, quantizable, run_block, weight
 from quip.incoherence import KroneckerTransform, mu_weights
+from quip.info import finite, mean_loss
 from quip.layers import save_layers
 from quip.ldlq import feedback_round, ldl
+from quip.loading import load_model
 from quip.methods import choose, matrix_arguments
 from quip.proxy import damp, proxy_loss, relative_proxy_loss
 from quip.rounding import nearest
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def calibrated(args: argparse.Namespace) -> tuple:
     """The model, its tokenizer, calibration samples `(count, seq_len)`, and what a record says of them and this run."""
     text = data.load_text(args.calib, "calibration")
-    model, tokenizer = models.load_model(args.model, pick_device(args.device))
+    model, tokenizer = load_model(args.model, pick_device(args.device))
     chosen = data.samples(data.tokenize(tokenizer, text), args.samples, args.seq_len, args.seed, text.source)
     about = {
         "command": args.command,  # as it was given, but for the folders of files: nobody else has them
@@ -103,13 +106,13 @@ def layer_moments(
 
     Yields ({full name: W (m, n)}, H (n, n)), once for all the layers that share an input.
     """
-    prefix, blocks = models.decoder_blocks(model)
-    hidden, others = models.block_inputs(model, samples)
+    prefix, blocks = decoder_blocks(model)
+    hidden, calls = block_calls(model, samples)
     for i, block in enumerate(tqdm(blocks[: None if last is None else last + 1], unit="block")):
-        layers = models.linear_layers(block)
-        for names, moment in models.input_moments(block, hidden, others):
-            yield {f"{prefix}.{i}.{name}": layers[name].weight.detach() for name in names}, moment.H
-        hidden = [models.run_block(block, x, others) for x in hidden]
+        layers, call = quantizable(block), calls[i]
+        for names, moment in models.input_moments(block, hidden, call):
+            yield {f"{prefix}.{i}.{name}": weight(layers[name]).detach() for name in names}, moment.H
+        hidden = [run_block(block, x, call) for x in hidden]
 
 
 def run_example_layers(args: argparse.Namespace) -> None:
@@ -273,8 +276,9 @@ def run_perplexity(args: argparse.Namespace) -> None:
             continue
         start, copied, more = time.perf_counter(), copy.deepcopy(model), {}
         if bits < 16:
-            reports = models.quantize_model(copied, samples, bits, args.seed, **VARIANTS[variant])
-            more["mean_loss"] = sum(report["relative_proxy_loss"] for report in reports.values()) / len(reports)
+            changes = {"progress": ProgressBar(), **VARIANTS[variant]}
+            reports = models.quantize_model(copied, samples, bits, args.seed, **changes)
+            more["mean_loss"] = mean_loss(reports)
         more |= evaluate.perplexity(copied, ids, args.eval_len)
         more |= {"seconds": round(time.perf_counter() - start), "commit": about["commit"]}
         rows.append({"variant": variant, "bits": bits, **more})
@@ -307,7 +311,8 @@ def run_generate(args: argparse.Namespace) -> None:
     compared = {f"{about['model']}, bfloat16": copy.deepcopy(model).bfloat16()}
     for bits in args.bits:
         copied = copy.deepcopy(model)
-        models.quantize_model(copied, samples, bits, args.seed, passes=0)  # the codes make no difference to the speed
+        # the codes make no difference to the speed
+        models.quantize_model(copied, samples, bits, args.seed, passes=0, progress=ProgressBar())
         for dtype in ("bfloat16", "float32"):
             compared[f"{bits} bits, {dtype}"] = copy.deepcopy(copied).to(getattr(torch, dtype))
     about |= {"backend": cpu.backend(), "prompt": "The three states of matter are"}
@@ -319,8 +324,28 @@ def run_generate(args: argparse.Namespace) -> None:
     write_record(args.out or "book/results/generate.json", {"about": about, "rows": rows})
 
 
+def run_cuda(args: argparse.Namespace) -> None:
+    """Speed of packed layers, and of a Llama of 7B's shape with random weights, on a GPU beside float16"""
+    bench_cuda.need_device()
+    about = {"command": args.command, **provenance(torch.device("cuda"))}
+    about["read_gb_per_s"] = bench_cuda.read_bandwidth() / 1e9
+    rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512))))
+    wide = bench_cuda.bench_kernels(bench_cuda.SIZES[:1], args.bits[:1], (1,), torch.float32)
+    rows += print_rows(wide)
+    decode = list(print_rows(bench_cuda.bench_decode((*args.bits, 16))))
+    write_record(args.out or "book/results/cuda.json", {"about": about, "rows": rows, "decode": decode})
+
+
+def run_needs(args: argparse.Namespace) -> None:
+    """Memory, disk and time that whole models take, computed from parts measured here on one thread"""
+    about = {"command": args.command, **provenance(torch.device("cpu")), "threads": 1}
+    parts = needs.measure_parts(4096)
+    rows = [{"model": name, "bits": 2, **needs.needs(shapes, parts)} for name, shapes in needs.MODELS.items()]
+    write_record(args.out or "book/results/needs.json", {"about": about, "parts": parts, "rows": rows})
+
+
 def write_record(path: str, record: dict) -> None:
-    """Write a record as JSON, its figures to four digits, all at once or not at all."""
+    """Write a record as JSON, its figures to four digits, and null what is not finite; all at once or not at all."""
 
     def short(x):
         if isinstance(x, dict):
@@ -332,7 +357,7 @@ def write_record(path: str, record: dict) -> None:
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(out.name + ".part")
-    lines = json.dumps(short(record), indent=1, ensure_ascii=False)
+    lines = json.dumps(finite(short(record)), indent=1, ensure_ascii=False, allow_nan=False)
     # a list of figures on one line, so that a diff shows figures and not brackets
     flat = re.sub(r"\[\s*([^\[\]{}]*?)\s*\]", lambda m: f"[{' '.join(m[1].split())}]", lines)
     staging.write_text(flat + "\n", encoding="utf-8")
@@ -347,6 +372,8 @@ EXPERIMENTS = {
     "perplexity": run_perplexity,
     "kernels": run_kernels,
     "generate": run_generate,
+    "cuda": run_cuda,
+    "needs": run_needs,
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_untrusted import CODE, edit_config
 
 from quip.cli import main
 
@@ -122,6 +123,10 @@ def test_info_says_where_damping_was_raised(quantize, tmp_path, capsys):
         (["--range", 0], "the range rho must be a positive number"),
         (["--passes", -1], "passes must be at least 0"),
         (["--incoherence", "haar"], "incoherence must be 'kron' or 'none'"),
+        (["--skip", "*.no_such_layer"], "the pattern '*.no_such_layer' matches no layer"),
+        (["--bits-for", "*.down_proj"], "--bits-for takes PATTERN=B such as *.down_proj=4, got '*.down_proj'"),
+        (["--bits-for", "*.down_proj=5"], "bits for *.down_proj must be 2, 3 or 4, got 5"),
+        (["--seq-len", 300], "sequence length 300 is out of range: this model takes up to 256 tokens"),
     ],
 )
 def test_bad_arguments_of_quantize(more, words, quantize, tmp_path):
@@ -163,9 +168,10 @@ def test_a_damaged_checkpoint_is_one_line(quantize, tmp_path, capsys):
         assert status == 2 and err.startswith("quip: error: ") and err.count("\n") == 1, err
 
 
-def test_an_interrupted_run_leaves_no_checkpoint(quantize, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_its_blocks_and_says_how_to_go_on(quantize, tmp_path, monkeypatch):
     from quip import models
 
+    assert quantize(out=tmp_path / "expected")[0] == 0
     calls = []
     original = models.quantize_block
 
@@ -176,7 +182,62 @@ def test_an_interrupted_run_leaves_no_checkpoint(quantize, tmp_path, monkeypatch
         return original(*args)
 
     monkeypatch.setattr(models, "quantize_block", interrupted)
-    before = set(tmp_path.iterdir())
     status, _, err = quantize()
-    assert status == 130 and "interrupted" in err
-    assert set(tmp_path.iterdir()) == before
+    assert (
+        status == 130
+        and f"interrupted: the blocks that are done (1) are kept in {tmp_path / 'out.part'}; the same" in err
+    )
+    assert not (tmp_path / "out").exists()
+    status, _, err = quantize("--seed", 4)
+    assert status == 2 and "seed was 0 and is now 4" in err and "--restart" in err
+    assert quantize()[0] == 0 and len(calls) == 3
+    for file in (tmp_path / "expected").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_restart(quantize, tmp_path, monkeypatch):
+    from quip import models
+
+    with monkeypatch.context() as m:
+        m.setattr(models.Blocks, "finish", lambda self, *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert quantize()[0] == 130
+    assert not (tmp_path / "out.part").exists()  # nothing was done
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part/arguments.json").write_text("{}")
+    assert quantize()[0] == 2
+    assert quantize("--restart")[0] == 0
+
+
+def test_layers_can_be_left_out_and_have_other_widths(quantize, tmp_path, capsys):
+    more = (
+        "--skip",
+        "*.0.*.k_proj",
+        "--skip",
+        "*.v_proj",
+        "--bits-for",
+        "*.down_proj=4",
+        "--offload",
+        tmp_path / "tmp",
+    )
+    status, out, _ = quantize(*more)
+    assert status == 0 and "11 layers in 2 and 4 bits" in out
+    assert list((tmp_path / "tmp").iterdir()) == []
+    _, out, _ = run(capsys, "info", tmp_path / "out")
+    lines = [line.split() for line in out.splitlines() if ".layers." in line]
+    assert {float(line[2]) > 3.9 for line in lines if "down_proj" in line[0]} == {True}
+    assert not [line for line in lines if "v_proj" in line[0] or "layers.0.self_attn.k_proj" in line[0]]
+    status, _, _ = run(capsys, "generate", tmp_path / "out", "the", "--max-new-tokens", 2)
+    assert status == 0
+
+
+def test_code_that_comes_with_a_model_runs_only_if_asked_for(quantize, model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # nobody to answer "run it?"
+    (model_folder / "stranger.py").write_text(CODE.format(path=str(tmp_path / "ran")))
+    names = {"AutoConfig": "stranger.Config", "AutoModelForCausalLM": "stranger.Model"}
+    edit_config(model_folder, lambda config: config.update(model_type="stranger", auto_map=names))
+    for status, _, err in (quantize(), run(capsys, "generate", model_folder, "the")):
+        assert status == 2 and "custom code" in err and err.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+    assert quantize("--trust-remote-code")[0] == 0
+    assert (tmp_path / "ran").exists()

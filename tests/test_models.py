@@ -11,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quip import models
+from quip import load_model, models, save_model
+from quip.checkpoint import REPORT
 from quip.errors import QuipError
+from quip.families import block_calls, run_block
 from quip.kernels import QuantizedLinear
 from quip.proxy import relative_proxy_loss
 
@@ -49,7 +51,7 @@ def test_loaded_checkpoint_gives_the_logits_of_the_model_in_memory(family, bits,
     reports = quantized(model, token_ids, bits=bits)
     expected = logits(model, token_ids)
     assert relative_error(expected, before) > 1e-3  # it was quantized at all
-    models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32
     assert relative_error(logits(loaded, token_ids), expected) < 1e-5
@@ -60,7 +62,7 @@ def test_paper_preset_stores_its_rescaling(tmp_path, tokenizer, token_ids):
     model = tiny_llama()
     reports = quantized(model, token_ids, bits=3, preset="paper")
     assert {r["rho"] for r in reports.values()} == {2.4}
-    models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.model.layers[0].mlp.down_proj.rescale.std() > 0
     assert relative_error(logits(loaded, token_ids), logits(model, token_ids)) < 1e-5
@@ -68,7 +70,7 @@ def test_paper_preset_stores_its_rescaling(tmp_path, tokenizer, token_ids):
 
 def test_importing_quip_is_all_that_loading_needs(tmp_path, tokenizer, token_ids):
     model = tiny_llama()
-    models.save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids), SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids), SETTINGS)
     code = (
         "import sys, quip; from transformers import AutoModelForCausalLM, AutoTokenizer;"
         "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1]);"
@@ -82,7 +84,7 @@ def test_importing_quip_is_all_that_loading_needs(tmp_path, tokenizer, token_ids
 def test_half_precision_models_keep_their_type_and_their_scales(dtype, tmp_path, tokenizer, token_ids):
     tiny_llama().save_pretrained(tmp_path / "model")  # `.to(dtype)` would cast rotary frequencies too
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
-    models.save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids, bits=4), SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids, bits=4), SETTINGS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == dtype
     layer = loaded.model.layers[0].mlp.down_proj
@@ -93,7 +95,7 @@ def test_half_precision_models_keep_their_type_and_their_scales(dtype, tmp_path,
 
 def test_a_loaded_checkpoint_saves_again_to_the_same_tensors(tmp_path, tokenizer, token_ids):
     model = tiny_llama()
-    models.save_model(model, tokenizer, tmp_path / "a", quantized(model, token_ids), SETTINGS)
+    save_model(model, tokenizer, tmp_path / "a", quantized(model, token_ids), SETTINGS)
     AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     a, b = load_file(tmp_path / "a/model.safetensors"), load_file(tmp_path / "b/model.safetensors")
     assert a.keys() == b.keys()
@@ -105,7 +107,7 @@ def test_a_loaded_checkpoint_saves_again_to_the_same_tensors(tmp_path, tokenizer
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, tokenizer, token_ids):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         model = tiny_llama()
-        models.save_model(model, tokenizer, tmp_path / name, quantized(model, token_ids, seed=seed), SETTINGS)
+        save_model(model, tokenizer, tmp_path / name, quantized(model, token_ids, seed=seed), SETTINGS)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert "model.safetensors" in files
     for file in files:
@@ -115,7 +117,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, tokenizer, token_
 
 def test_file_holds_packed_integers_16_bit_rest_and_one_copy_of_tied_weights(tmp_path, tokenizer, token_ids):
     model = tiny_llama()
-    models.save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids, bits=3), SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", quantized(model, token_ids, bits=3), SETTINGS)
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as f:
         kinds = {name: f.get_slice(name).get_dtype() for name in f.keys()}  # noqa: SIM118
     assert kinds.pop("model.embed_tokens.weight") == "F16" and "lm_head.weight" not in kinds
@@ -144,13 +146,13 @@ def test_layers_that_share_an_input_share_its_transform(token_ids):
 def test_moments_are_the_mean_outer_products_of_each_layers_inputs(token_ids):
     model = tiny_llama()
     block = model.model.layers[0]
-    hidden, others = models.block_inputs(model, token_ids)
+    hidden, calls = block_calls(model, token_ids)
     seen = []
     with torch.no_grad(), models.hooks({block.mlp.down_proj: lambda module, args: seen.append(args[0].double())}):
-        moments = {tuple(names): m for names, m in models.input_moments(block, hidden, others)}
+        moments = {tuple(names): m for names, m in models.input_moments(block, hidden, calls[0])}
         seen.clear()
         for x in hidden:
-            models.run_block(block, x, others)
+            run_block(block, x, calls[0])
     X = torch.cat(seen).flatten(0, 1)
     assert list(moments) == [
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -163,12 +165,12 @@ def test_moments_are_the_mean_outer_products_of_each_layers_inputs(token_ids):
 
 def test_later_blocks_are_calibrated_on_what_quantized_blocks_produce(token_ids):
     model, dense = tiny_llama(), tiny_llama()
-    models.round_to_16_bits(dense)
+    models.round_to_16_bits(dense.named_parameters(), torch.float16)
     reports = quantized(model, token_ids, bits=2)
-    hidden, others = models.block_inputs(model, token_ids)
+    hidden, calls = block_calls(model, token_ids)
     with torch.no_grad():
-        hidden = [models.run_block(model.model.layers[0], x, others) for x in hidden]
-    H = models.input_moments(dense.model.layers[1], hidden, others)[0][1].H
+        hidden = [run_block(model.model.layers[0], x, calls[0]) for x in hidden]
+    H = models.input_moments(dense.model.layers[1], hidden, calls[1])[0][1].H
     layer = model.model.layers[1].self_attn.q_proj
     What = layer(torch.eye(48)).T.double().detach()
     loss = relative_proxy_loss(What, dense.model.layers[1].self_attn.q_proj.weight.double(), H)
@@ -210,13 +212,13 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_checkpoint(failure, tmp_p
     with monkeypatch.context() as m:
         m.setattr(type(tokenizer), "save_pretrained", fail)
         with pytest.raises(failure):
-            models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+            save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
         assert list(tmp_path.iterdir()) == []
-    models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
     before = (tmp_path / "out/model.safetensors").read_bytes()
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
     with pytest.raises(failure):
-        models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS, overwrite=True)
+        save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
 
@@ -229,17 +231,17 @@ def test_nothing_but_our_own_checkpoints_is_replaced(tmp_path, tokenizer, token_
     (other / "chapter1.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(QuipError, match="not a quip checkpoint"):
-            models.save_model(model, tokenizer, other, reports, SETTINGS, overwrite)
-    models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+            save_model(model, tokenizer, other, reports, SETTINGS, overwrite)
+    save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
     with pytest.raises(QuipError, match="exists"):
-        models.save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
-    models.save_model(model, tokenizer, tmp_path / "out", reports, {"model": "again"}, overwrite=True)
-    assert json.loads((tmp_path / "out" / models.REPORT).read_text())["settings"] == {"model": "again"}
+        save_model(model, tokenizer, tmp_path / "out", reports, SETTINGS)
+    save_model(model, tokenizer, tmp_path / "out", reports, {"model": "again"}, overwrite=True)
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["settings"] == {"model": "again"}
 
 
 def checkpoint(folder, tokenizer, ids):
     model = tiny_llama()
-    return models.save_model(model, tokenizer, folder, quantized(model, ids), SETTINGS)
+    return save_model(model, tokenizer, folder, quantized(model, ids), SETTINGS)
 
 
 def test_a_transform_that_is_not_the_files_own_is_refused(tmp_path, tokenizer, token_ids):
@@ -248,7 +250,7 @@ def test_a_transform_that_is_not_the_files_own_is_refused(tmp_path, tokenizer, t
     state["model.layers.1.mlp.up_proj.transforms"][0, 0] += 1  # another seed, the old fingerprint
     save_file(state, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(QuipError, match=r"model\.layers\.1\.mlp\.up_proj: the transform of seed"):
-        models.load_model(str(out))
+        load_model(str(out))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "bits", "format", "no weights", "config"])
@@ -266,10 +268,10 @@ def test_damaged_checkpoints_are_refused_in_one_error(damage, tmp_path, tokenize
         content["quantization_config"][damage] = 7
         config.write_text(json.dumps(content))
     with pytest.raises(QuipError):
-        models.load_model(str(out))
+        load_model(str(out))
 
 
 def test_unknown_models_are_an_error(tmp_path):
     for source in ("no/such-model-anywhere", str(tmp_path), str(tmp_path / "missing.gguf")):
         with pytest.raises(QuipError):
-            models.load_model(source)
+            load_model(source)

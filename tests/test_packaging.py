@@ -99,3 +99,12 @@ def test_an_install_without_a_working_compiler_goes_on_without_the_kernel(compil
     assert ended.returncode == 0, ended.stderr
     assert 'building extension "quip._cpu" failed' in ended.stdout + ended.stderr
     assert not list((tmp_path / "quip").glob("*.so"))
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed():
+    line = re.search(r"^OLDEST := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    oldest = dict(pin.split("==") for pin in line.split())
+    bounds = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["lora"]]
+    allowed = dict(bound.split(">=") for bound in bounds if distribution(bound) in oldest)
+    assert allowed.keys() == oldest.keys()
+    assert all(f"{version}.0.0".startswith(f"{allowed[name]}.") for name, version in oldest.items())

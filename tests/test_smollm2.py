@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quip import data, models
+from quip import data, load_model, models, save_model
 from quip.evaluate import perplexity
 from quip.info import checkpoint_info
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def texts():
-    _, tokenizer = models.load_model("smollm2")
+    _, tokenizer = load_model("smollm2")
     calibration, evaluation = (
         data.tokenize(tokenizer, data.load_text("python-docs", purpose)) for purpose in data.PURPOSES
     )
@@ -21,19 +21,19 @@ def texts():
 
 @pytest.fixture(scope="module")
 def original(texts):
-    model, _ = models.load_model("smollm2")
+    model, _ = load_model("smollm2")
     return perplexity(model, texts[1], 2048, progress=False)["ppl"]
 
 
 @pytest.mark.parametrize(("bits", "worst"), [(4, 1.4), (3, 2.2), (2, 10.0)])
 def test_smollm2_survives_the_whole_way(bits, worst, texts, original, tmp_path):
     samples, evaluation = texts
-    model, tokenizer = models.load_model("smollm2")
+    model, tokenizer = load_model("smollm2")
     reports = models.quantize_model(model, samples, bits, progress=False)
-    models.save_model(model, tokenizer, tmp_path / "out", reports, {"bits": bits})
+    save_model(model, tokenizer, tmp_path / "out", reports, {"bits": bits})
     with torch.no_grad():
         expected = model(evaluation[None, :256]).logits
-        loaded, _ = models.load_model(str(tmp_path / "out"))
+        loaded, _ = load_model(str(tmp_path / "out"))
         got = loaded(evaluation[None, :256]).logits
     assert (got - expected).norm() / expected.norm() < 1e-3
     assert len(reports) == 210
