@@ -77,7 +77,8 @@ def bench_kernels(
     Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
     take turns, and of each the fastest of `repeats` rounds counts. A size is left out if memory is short. Rows: m, n,
     bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads at best),
-    ratio_fp32, ratio_bf16 (torch's time over ours), and error (relative, against float64).
+    ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of float32),
+    and error (relative, against float64).
     """
     device = torch.device(device)
     limit = read_bandwidth(device)
@@ -97,6 +98,7 @@ def bench_kernels(
                     times = fastest_streams(
                         {
                             "ours": [partial(function, layer, x) for layer in layers],
+                            "half": [partial(function, layer, x.bfloat16()) for layer in layers if stage == "layer"],
                             **{d: [partial(torch.nn.functional.linear, x.to(d), W) for W in dense[d]] for d in dense},
                         },
                         repeats,
@@ -107,7 +109,7 @@ def bench_kernels(
                         **{"m": m, "n": n, "bits": bits, "batch": batch, "stage": stage, "ms": 1e3 * times["ours"]},
                         **{"gb_per_s": speed / 1e9, "bandwidth": speed / limit},
                         "ratio_fp32": times[torch.float32] / times["ours"],
-                        "ratio_bf16": times[torch.bfloat16] / times["ours"],
+                        "ratio_bf16": times[torch.bfloat16] / times["half" if stage == "layer" else "ours"],
                         "error": layer_error(function, layers[0], x[:1], stage),
                     }
             del layers
@@ -143,10 +145,10 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: to
     """
     for function in chain.from_iterable(what.values()):
         function()
-    calls = {kind: cycle(functions) for kind, functions in what.items()}
-    best = dict.fromkeys(what, float("inf"))
+    calls = {kind: cycle(functions) for kind, functions in what.items() if functions}
+    best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
-        for kind in what:
+        for kind in calls:
             count = min(len(what[kind]), 32)
             functions = list(islice(calls[kind], count))
             start = now(device)

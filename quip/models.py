@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from .algorithm import quantize_matrix
 from .bounds import MU_WIDTH, decompose, layer_report
 from .errors import QuipError
-from .fuse import fuse
 from .families import Call, block_calls, decoder_blocks, quantizable, run_block, weight
+from .fuse import fuse
 from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
 from .kernels import QuantizedLinear
 from .methods import matrix_arguments
