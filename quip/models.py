@@ -64,8 +64,10 @@ def input_moments(
     with hooks({layers[name]: first(name) for name in layers}):
         run_block(block, hidden[0], call)
     alive.clear()
-    for name in layers.keys() - {name for names, _ in groups for name in names}:
-        groups.append(([name], SecondMoment(weight(layers[name]).shape[1], layers[name].weight.device)))
+    reached = {name for names, _ in groups for name in names}
+    for name, layer in layers.items():
+        if name not in reached:
+            groups.append(([name], SecondMoment(weight(layer).shape[1], layer.weight.device)))
     with hooks({layers[names[0]]: later(moment) for names, moment in groups}):
         for j in range(1, len(hidden)):
             run_block(block, hidden[j], call)
@@ -103,7 +105,7 @@ def quantize_block(
     """
     packed, reports = {}, {}
     while moments:
-        names, H = moments[0][0], moments.pop(0)[1].H
+        names, tokens, H = moments[0][0], moments[0][1].tokens, moments.pop(0)[1].H
         check_hessian(H, f"{name}.{names[0]}")
         Q = decompose(H.float())[1] if len(H) <= MU_WIDTH else None  # for the report
         for key in names:
@@ -115,7 +117,7 @@ def quantize_block(
             report = layer_report(W, H, q, Q)
             W.copy_(q.dequantize())
             packed[key] = QuantizedLinear.from_matrix(q, layer.bias)
-            reports[full] = {"shape": list(W.shape), "bits": bits, **q.report, **report}
+            reports[full] = {"shape": list(W.shape), "bits": bits, "tokens": tokens, **q.report, **report}
     return packed, reports
 
 # %% ../book/10_models.ipynb #models-27

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quip import bench, bounds, cpu, data, evaluate, models, needs
+from quip import bench, bench_cuda, bounds, cpu, data, evaluate, models, needs
 from quip.algorithm import PRESETS, column_order, quantize_matrix, to_grid
 from quip.cli import ProgressBar, fail, pick_device, print_rows, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
@@ -324,6 +324,18 @@ def run_generate(args: argparse.Namespace) -> None:
     write_record(args.out or "book/results/generate.json", {"about": about, "rows": rows})
 
 
+def run_cuda(args: argparse.Namespace) -> None:
+    """Speed of packed layers, and of a Llama of 7B's shape with random weights, on a GPU beside float16"""
+    bench_cuda.need_device()
+    about = {"command": args.command, **provenance(torch.device("cuda"))}
+    about["read_gb_per_s"] = bench_cuda.read_bandwidth() / 1e9
+    rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512))))
+    wide = bench_cuda.bench_kernels(bench_cuda.SIZES[:1], args.bits[:1], (1,), torch.float32)
+    rows += print_rows(wide)
+    decode = list(print_rows(bench_cuda.bench_decode((*args.bits, 16))))
+    write_record(args.out or "book/results/cuda.json", {"about": about, "rows": rows, "decode": decode})
+
+
 def run_needs(args: argparse.Namespace) -> None:
     """Memory, disk and time that whole models take, computed from parts measured here on one thread"""
     about = {"command": args.command, **provenance(torch.device("cpu")), "threads": 1}
@@ -360,6 +372,7 @@ EXPERIMENTS = {
     "perplexity": run_perplexity,
     "kernels": run_kernels,
     "generate": run_generate,
+    "cuda": run_cuda,
     "needs": run_needs,
 }
 

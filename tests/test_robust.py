@@ -362,6 +362,42 @@ def test_few_tokens_are_enough_to_run(family, count, length, ids):
         assert torch.isfinite(model(ids).logits).all()
 
 
+class Routed(torch.nn.Module):
+    """An MLP of three experts, one for tokens of each sign of their first channel, one for none."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (x[..., 0] > 0, x[..., 0] <= 0), strict=False):
+            if chosen.any():
+                y[chosen] = expert(x[chosen])
+        return y
+
+
+def test_experts_that_few_or_no_tokens_reach(tmp_path, tokenizer, caplog):
+    torch.manual_seed(0)
+    model = tiny_llama()
+    model.model.layers[0].mlp = Routed(48)
+    normed = []
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: normed.append(args[0][0, :, 0] > 0))
+    with torch.no_grad():
+        for token in range(256):
+            model(torch.tensor([[token]]))
+    hook.remove()
+    sign = torch.cat(normed)  # of the first token of a sequence
+    ids = torch.stack([x.nonzero()[:1, 0] for x in (sign, sign, ~sign)])  # the second expert waits for the third sample
+    reports = strict(models.quantize_model(model, ids, 4))
+    experts = {name[-1]: report for name, report in reports.items() if "experts" in name}
+    assert {name: report["tokens"] for name, report in experts.items()} == {"0": 2, "1": 1}
+    assert "model.layers.0.mlp.experts.2 saw no calibration token and stays in 16 bits" in caplog.text
+    assert notes(experts["1"])[0].startswith("1 calibration tokens for 48 inputs")
+    third = model.model.layers[0].mlp.experts[2]
+    assert isinstance(third, torch.nn.Linear) and torch.equal(third.weight, third.weight.half().float())
+
+
 def overflowing() -> LlamaForCausalLM:
     model = tiny_llama()
     model.model.layers[0].mlp.up_proj.weight.data *= 3000

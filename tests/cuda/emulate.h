@@ -2,7 +2,8 @@
 // written in PTX. One thread of a block runs at a time, as a fiber; which one comes next, a seed decides: at a barrier,
 // at an exchange within a warp, and now and then at any access to memory. What stops a kernel with a message:
 // an access outside a buffer or not aligned; shared memory that is read before it is written; one word of memory
-// touched by two threads, by one of them to write, with no barrier between; a barrier or an exchange that not all reach.
+// touched by two threads, by one of them to write, with no barrier between; a barrier or an exchange that not all reach;
+// what the kernel before may still be writing, read without waiting for it; dynamic arrays that overlap.
 #include <ucontext.h>
 
 #include <cmath>
@@ -25,9 +26,13 @@ namespace emulation {
 
 enum State { READY, BARRIER, EXCHANGE, DONE };
 const int STACK = 65536, MOST = 1024;
-struct Fiber { ucontext_t context; State state; int line; };
+struct Fiber { ucontext_t context; State state; int line; bool waited; };
 struct Warp { int arrived, line; unsigned generation; uint32_t slots[2][32][8]; };
-struct Memory { virtual void poison() = 0; };
+struct Memory {
+    const char* name;
+    long long start = -1, end = -1;  // in dynamic memory, once it has been given a place there
+    virtual void poison() = 0;
+};
 
 static Fiber fibers[MOST];
 static Warp warps[MOST / 32];
@@ -36,7 +41,7 @@ static std::vector<Memory*> shared;  // every array in shared memory that a kern
 static uint32_t rng_state;
 static ucontext_t scheduler;
 static char message[400];
-static int current, arrived, epoch;
+static int current, arrived, epoch, dynamic_bytes;
 static bool in_order;
 static void (*body)(void*);
 static void* body_arguments;
@@ -105,15 +110,29 @@ static float shuffle_xor(unsigned mask, float value, int lanes, int line) {
 
 struct Trace { int writer = -1, write_epoch = -1, reader = -1, read_epoch = -1; };  // of one element in shared memory
 
-template <class T, int COUNT>
+template <class T>
 struct Shared : Memory {
-    T values[COUNT];
-    Trace traces[COUNT];
-    const char* name;
-    Shared(const char* name) : name(name) { shared.push_back(this); poison(); }
-    void poison() override {
-        memset(values, 0xff, sizeof values);  // NaN
+    std::vector<T> values;
+    std::vector<Trace> traces;
+    Shared(const char* label, long long count) { name = label, shared.push_back(this), resize(count); }
+    void resize(long long count) {
+        values.resize(count), traces.resize(count);
+        memset((void*)values.data(), 0xff, count * sizeof(T));  // NaN
         for (auto& trace : traces) trace = Trace();
+    }
+    void poison() override { resize(values.size()), start = end = -1; }
+    void place(long long first, long long count) {  // by the first thread of a block that comes here
+        if (start < 0) {
+            resize(count);
+            start = first, end = first + count * sizeof(T);
+            if (start % alignof(T) || start < 0 || end > dynamic_bytes)
+                fail("shared %s takes bytes %lld to %lld of %d", name, start, end, dynamic_bytes);
+            for (auto other : shared)
+                if (other != this && other->start < end && start < other->end)
+                    fail("shared %s and %s overlap", name, other->name);
+        } else if (first != start || count != (long long)values.size()) {
+            fail("shared %s has another place or size for another thread", name);
+        }
     }
     struct Ref {
         Shared& array;
@@ -124,7 +143,8 @@ struct Shared : Memory {
     Ref operator[](long long i) { return {*this, i}; }
     void check(long long i) {
         access();
-        if (i < 0 || i >= COUNT) fail("entry %lld of shared %s, which has %d", i, name, COUNT);
+        long long count = values.size();
+        if (i < 0 || i >= count) fail("entry %lld of shared %s, which has %lld", i, name, count);
     }
     T read(long long i) {
         check(i);
@@ -184,6 +204,14 @@ struct Global<const T> {
         return base[i];
     }
 };
+// What the kernel before this one may still be writing.
+template <class T>
+struct Late : Global<const T> {
+    static void check() {
+        if (!fibers[current].waited) fail("reads what the kernel before may still be writing");
+    }
+    T operator[](long long i) const { return check(), Global<const T>::operator[](i); }
+};
 
 struct Argument { void* pointer; long long bytes; double number; };
 static std::vector<std::vector<int>> owners;
@@ -197,6 +225,10 @@ template <class T> struct Get<Global<T>> {
 };
 template <class T> struct Get<Global<const T>> {
     static Global<const T> of(const Argument& a) { return {(const T*)a.pointer, a.bytes / (long long)sizeof(T)}; }
+};
+
+template <class T> struct Get<Late<T>> {
+    static Late<T> of(const Argument& a) { return {Get<Global<const T>>::of(a)}; }
 };
 
 static void thread_main() {
@@ -215,7 +247,7 @@ static void run_block() {
         fiber.context.uc_stack.ss_sp = &stacks[size_t(i) * STACK];
         fiber.context.uc_stack.ss_size = STACK;
         makecontext(&fiber.context, thread_main, 0);
-        fiber.state = READY;
+        fiber.state = READY, fiber.waited = false;
     }
     for (;;) {
         int start = in_order ? current : rng() % blockDim.x, done = 0, next = -1;
@@ -253,10 +285,10 @@ static void launch(void (*kernel)(Types...), const Argument* a, std::index_seque
 
 // Seed 0 runs the threads in their order, each as far as it gets; any other seed, in an order drawn at random.
 template <class... Types>
-static const char* launch(void (*kernel)(Types...), int grid_x, int grid_y, int threads, int count,
+static const char* launch(void (*kernel)(Types...), int grid_x, int grid_y, int threads, int shared_bytes, int count,
                           const Argument* arguments, unsigned seed) {
     if (count != sizeof...(Types)) return "wrong number of arguments";
-    message[0] = 0, current = 0, in_order = seed == 0;
+    message[0] = 0, current = 0, in_order = seed == 0, dynamic_bytes = shared_bytes;
     owners.clear(), owners.reserve(count), rng_state = 2654435769u * seed;
     gridDim = {grid_x, grid_y, 1}, blockDim = {threads, 1, 1};
     launch(kernel, arguments, std::index_sequence_for<Types...>());
@@ -294,15 +326,23 @@ static float from_bfloat(uint16_t b) {
 #define __syncthreads() emulation::barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) emulation::shuffle_xor(mask, value, lanes, __LINE__)
 #define PTR(type) emulation::Global<type>
-#define SHARED(type, name, count) static emulation::Shared<type, count> name(#name)
+#define LATE(type) emulation::Late<type>
+#define SHARED(type, name, count) static emulation::Shared<type> name(#name, count)
+#define DYNAMIC(type, name, start, count)                  \
+    static emulation::Shared<type> name(#name, 0);         \
+    name.place(start, count)
 #define KERNEL static void
-#define EXPORT(kernel)                                                                                       \
-    extern "C" const char* run_##kernel(int x, int y, int threads, int count, const emulation::Argument* a, \
-                                        unsigned seed) {                                                     \
-        return emulation::launch(kernel, x, y, threads, count, a, seed);                                     \
+#define KERNEL_2 static void
+#define KERNEL_1 static void
+#define LARGE_KERNEL static void
+#define EXPORT(kernel)                                                                                      \
+    extern "C" const char* run_##kernel(int x, int y, int threads, int shared_bytes, int count,             \
+                                        const emulation::Argument* a, unsigned seed) {                      \
+        return emulation::launch(kernel, x, y, threads, shared_bytes, count, a, seed);                      \
     }
 
 static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a < b ? b : a; }
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -320,6 +360,29 @@ static Wide load(emulation::Global<const T> p, long long start) {
     return value;
 }
 
+template <class T>
+static uint4 load_late(emulation::Late<T> p, long long start) {
+    return emulation::Late<T>::check(), load<uint4>((emulation::Global<const T>)p, start);
+}
+template <class Wide, class T>
+static void store(emulation::Global<T> p, long long start, const Wide& value) {
+    if (((uintptr_t)p.base + start) % sizeof(Wide) || start % sizeof(T))
+        emulation::fail("%zu bytes at %lld: not aligned", sizeof(Wide), start);
+    for (int i = 0; i < (int)(sizeof(Wide) / sizeof(T)); i++) p[start / sizeof(T) + i] = ((const T*)&value)[i];
+}
+
+template <class T>
+static void prefetch(emulation::Global<const T> p, int i) { p[i]; }
+static void let_next_start() {}
+static void wait_for_previous() { emulation::fibers[emulation::current].waited = true; }
+
+static u32 __byte_perm(u32 low, u32 high, u32 selector) {  // byte i of the result is byte selector[i] of high:low
+    unsigned long long both = (unsigned long long)high << 32 | low;
+    u32 word = 0;
+    for (int i = 0; i < 4; i++) word |= (u32)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return word;
+}
+static u32 __float_as_uint(float f) { u32 w; memcpy(&w, &f, 4); return w; }
 static float __uint_as_float(u32 w) { float f; memcpy(&f, &w, 4); return f; }
 static float to_float(float x) { return x; }
 static float to_float(half16 x) { return emulation::from_half(x.bits); }
@@ -332,16 +395,7 @@ static void from_float(float f, bfloat16& x) {
     x.bits = f != f ? 0x7fff : (w + 0x7fff + (w >> 16 & 1)) >> 16;
 }
 
-extern const int element;  // 1 for half, 2 for bfloat16, as TYPE; the header itself is the same for all
-static float lower(u32 w) { return element == 1 ? emulation::from_half(w) : emulation::from_bfloat(w); }
-static float upper(u32 w) { return lower(w >> 16); }
-static u32 subtract_pair(u32 a, u32 b) {
-    half16 h[2];
-    bfloat16 f[2];
-    from_float(lower(a) - lower(b), h[0]), from_float(upper(a) - upper(b), h[1]);
-    from_float(lower(a) - lower(b), f[0]), from_float(upper(a) - upper(b), f[1]);
-    return element == 1 ? h[0].bits | h[1].bits << 16 : f[0].bits | f[1].bits << 16;
-}
+static float half_of(u32 pair, int i) { return emulation::from_half(pair >> 16 * i); }
 // mma.m16n8k16. Of A (16, 16) lane 4 g + t holds, in pairs, the rows g and g + 8 at k = 2 t, 2 t + 1, then at 8 more; of
 // B (16, 8) column g at the same k; of C (16, 8) the rows g and g + 8 at the columns 2 t, 2 t + 1.
 static void multiply_tile_at(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int line) {
@@ -352,7 +406,7 @@ static void multiply_tile_at(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, i
         for (int k = 0; k < 16; k++) {
             auto A = all[g * 4 + k % 8 / 2], B = all[(2 * t + i % 2) * 4 + k % 8 / 2];
             u32 a_pair = A[i / 2 + k / 8 * 2], b_pair = B[4 + k / 8];
-            c[i] += k % 2 ? upper(a_pair) * upper(b_pair) : lower(a_pair) * lower(b_pair);
+            c[i] += half_of(a_pair, k % 2) * half_of(b_pair, k % 2);
         }
 }
 #define multiply_tile(c, a, b0, b1) multiply_tile_at(c, a, b0, b1, __LINE__)

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 HEADER = Path(__file__).with_name("emulate.h")
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) if sys.platform == "linux" else None  # fibers are POSIX
 _folder = tempfile.TemporaryDirectory(prefix="quip-emulation-", ignore_cleanup_errors=True)
 
@@ -32,11 +31,10 @@ class Argument(ctypes.Structure):
         return cls(None, 0, value or 0)
 
 
-def compile_kernels(source: str, bits: int, dtype: torch.dtype):
+def compile_kernels(source: str, bits: int):
     """A shared library of the kernels in a source (without `quip.cuda.DEVICE`), each as `run_NAME`."""
-    names = re.findall(r"^KERNEL (\w+)\(", source, re.MULTILINE)
-    text = f'#include "{HEADER.name}"\n#define BITS {bits}\n#define TYPE {TYPES.index(dtype)}\n'
-    text += f"const int element = TYPE;\n#line 1\n{source}\n"
+    names = re.findall(r"^(?:LARGE_)?KERNEL(?:_\d)? (\w+)\(", source, re.MULTILINE)
+    text = f'#include "{HEADER.name}"\n#define BITS {bits}\n#line 1\n{source}\n'
     text += "".join(f"EXPORT({name})\n" for name in names)
     stem = Path(_folder.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
     library = stem.with_suffix(".so")
@@ -60,13 +58,21 @@ def _compile(*arguments):
 class Emulator:
     """Stands in for what `quip.cuda` loads for a device: called with a kernel's name, a grid and its arguments."""
 
-    def __init__(self, source: str, bits: int, dtype: torch.dtype, seed: int = 0):
-        self.library, self.seed = compile_kernels(source, bits, dtype), seed
+    room, multiprocessors = 65536, 2  # shared memory of a block, as on the smallest of the real ones
 
-    def __call__(self, name: str, grid: tuple[int, int], *args, threads: int = 256):
+    def __init__(self, source: str, bits: int, seed: int = 0):
+        self.library, self.seed = compile_kernels(source, bits), seed
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *exception):
+        pass
+
+    def __call__(self, name: str, grid: tuple[int, int], *args, threads: int = 256, shared: int = 0, early=False):
         run = getattr(self.library, f"run_{name}")
         run.restype = ctypes.c_char_p
         values = (Argument * len(args))(*map(Argument.of, args))
-        message = run(*grid, threads, len(args), values, self.seed)
+        message = run(*grid, threads, shared, len(args), values, self.seed)
         if message:
             raise EmulationError(f"{name}: {message.decode()}")
