@@ -287,7 +287,7 @@ def run_bench(args: argparse.Namespace) -> None:
 
 def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
     """The rows of the benchmark that was asked for, as they come."""
-    from quip import bench, cpu
+    from quip import bench, bench_cuda, cpu
 
     sizes = [parse_size(size) for size in args.sizes or ()]
     if args.what == "quantize":
@@ -295,6 +295,8 @@ def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
     device = pick_device(args.device)
     if device == "cpu":
         print(f"CPU kernel: {cpu.backend()}{f' ({cpu.load()[1]})' if cpu.load()[1] else ''}", file=sys.stderr)
+    if args.what == "kernels" and device.startswith("cuda"):
+        return bench_cuda.bench_kernels(sizes or bench_cuda.SIZES, bits, args.batch)
     if args.what == "kernels":
         return bench.bench_kernels(sizes or bench.KERNEL_SIZES, bits, args.batch, args.repeats, device=device)
     return iter(bench_generate(args, device))

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from quip import cpu
+from quip import bench_cuda, cpu, cuda, results
 from quip.bench import bench_kernels, bench_quantize
 from quip.cli import main, parse_size
 from quip.errors import QuipError
@@ -97,3 +97,13 @@ def test_rounding_is_bound_by_matrix_products():
     # the aim is 1.5; twice that leaves room for whatever else the machine does
     rows = bench_quantize([(4096, 4096)], repeats=3)
     assert all(r["ratio"] < 3 for r in rows)
+
+
+@pytest.mark.skipif(cuda.available(), reason="there is a GPU")
+def test_benchmarks_of_a_gpu_say_that_there_is_none(capsys):
+    for run in (bench_cuda.bench_kernels, bench_cuda.bench_decode):
+        with pytest.raises(QuipError, match="no CUDA kernels here: "):
+            next(run())
+    with pytest.raises(SystemExit) as stopped:
+        results.main(["cuda"])
+    assert stopped.value.code == 2 and "no CUDA kernels here" in capsys.readouterr().err

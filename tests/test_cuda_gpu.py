@@ -5,6 +5,7 @@ import torch
 from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
 
 import quip.cuda as cuda
+from quip import bench_cuda
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason=cuda.reason() or "available")]
 
@@ -71,6 +72,15 @@ def test_many_layers_one_after_the_other():
         expected = cuda.linear(expected, *rest)
         torch.cuda.synchronize()
     assert torch.equal(chain, expected) and torch.isfinite(chain).all()
+
+
+def test_benchmarks(monkeypatch):
+    monkeypatch.setattr(bench_cuda, "STREAMED", 2**20)
+    (row,) = bench_cuda.bench_kernels([(256, 512)], widths=(2,), batches=(1,))
+    assert row["us"] > 0 and row["ratio"] == row["dense_us"] / row["us"] and row["error"] < 1e-3
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 512}
+    rows = list(bench_cuda.bench_decode((2, 16), layers=2, shape=shape))
+    assert [row["bits"] for row in rows] == [16, 2] and all(row["ms_per_token"] > 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
