@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'quip.kernels.QuantizedLinear.extra_repr': ('kernels.html#quantizedlinear.extra_repr', 'quip/kernels.py'),
                               'quip.kernels.QuantizedLinear.forward': ('kernels.html#quantizedlinear.forward', 'quip/kernels.py'),
                               'quip.kernels.QuantizedLinear.from_matrix': ('kernels.html#quantizedlinear.from_matrix', 'quip/kernels.py'),
+                              'quip.kernels.QuantizedLinear.prepared': ('kernels.html#quantizedlinear.prepared', 'quip/kernels.py'),
                               'quip.kernels.QuantizedLinear.tensors': ('kernels.html#quantizedlinear.tensors', 'quip/kernels.py'),
                               'quip.kernels._': ('kernels.html#_', 'quip/kernels.py'),
                               'quip.kernels.centred': ('kernels.html#centred', 'quip/kernels.py'),

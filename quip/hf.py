@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip import families
 from quip.errors import QuipError
+from quip.fuse import fuse
 from quip.kernels import QuantizedLinear
 from quip.lora import register_lora
 from quip.methods import choose
@@ -138,7 +139,7 @@ class QuipHfQuantizer(HfQuantizer):
             # some Transformers (5.0, 5.15) leave what they rename or merge in the 16 bits of the file
             if p.dtype in (torch.float16, torch.bfloat16) and p.dtype != self.dtypes.get(name, p.dtype):
                 p.data = p.data.to(self.dtypes[name])
-        return model
+        return fuse(model)
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):
         return stored_state(model), {}
