@@ -51,7 +51,9 @@ def test_layers_of_other_widths(model, token_ids, tokenizer, tmp_path):
         }
         loaded.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.allclose(logits(loaded, token_ids), logits(model, token_ids), atol=1e-5)
+    assert torch.allclose(
+        logits(loaded, token_ids), logits(model, token_ids), atol=1e-3
+    )  # one is fused, where it can be
 
 
 def test_layers_that_were_left_alone(model, token_ids, tokenizer, tmp_path):
@@ -100,7 +102,9 @@ PLACES = {
 def test_device_map(places, folder, model, token_ids, tmp_path):
     """What is put on disk is the parameters; packed codes stay in memory."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=PLACES[places], offload_folder=tmp_path / "off")
-    assert torch.allclose(logits(loaded, token_ids), logits(model, token_ids), atol=1e-5)
+    assert torch.allclose(
+        logits(loaded, token_ids), logits(model, token_ids), atol=1e-3
+    )  # one is fused, where it can be
     norm = loaded.model.layers[1].input_layernorm.weight
     assert norm.device.type == ("meta" if "disk" in places else "cpu")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
