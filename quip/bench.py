@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -76,7 +77,8 @@ def bench_kernels(
     Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
     take turns, and of each the fastest of `repeats` rounds counts. A size is left out if memory is short. Rows: m, n,
     bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads at best),
-    ratio_fp32, ratio_bf16 (torch's time over ours), and error (relative, against float64).
+    ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of float32),
+    and error (relative, against float64).
     """
     device = torch.device(device)
     limit = read_bandwidth(device)
@@ -96,6 +98,7 @@ def bench_kernels(
                     times = fastest_streams(
                         {
                             "ours": [partial(function, layer, x) for layer in layers],
+                            "half": [partial(function, layer, x.bfloat16()) for layer in layers if stage == "layer"],
                             **{d: [partial(torch.nn.functional.linear, x.to(d), W) for W in dense[d]] for d in dense},
                         },
                         repeats,
@@ -106,7 +109,7 @@ def bench_kernels(
                         **{"m": m, "n": n, "bits": bits, "batch": batch, "stage": stage, "ms": 1e3 * times["ours"]},
                         **{"gb_per_s": speed / 1e9, "bandwidth": speed / limit},
                         "ratio_fp32": times[torch.float32] / times["ours"],
-                        "ratio_bf16": times[torch.bfloat16] / times["ours"],
+                        "ratio_bf16": times[torch.bfloat16] / times["half" if stage == "layer" else "ours"],
                         "error": layer_error(function, layers[0], x[:1], stage),
                     }
             del layers
@@ -142,10 +145,10 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: to
     """
     for function in chain.from_iterable(what.values()):
         function()
-    calls = {kind: cycle(functions) for kind, functions in what.items()}
-    best = dict.fromkeys(what, float("inf"))
+    calls = {kind: cycle(functions) for kind, functions in what.items() if functions}
+    best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
-        for kind in what:
+        for kind in calls:
             count = min(len(what[kind]), 32)
             functions = list(islice(calls[kind], count))
             start = now(device)
@@ -226,23 +229,64 @@ def generate_seconds(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> 
     return now(model.device) - start
 
 
+KERNEL = ("quip_linears", "quip_gated", "quip_rms_norm", "quip_block_in", "quip_block_out")
+
+
 def time_parts(model: torch.nn.Module, ids: torch.Tensor, tokens: int) -> dict[str, float]:
-    """What part of the time of generating goes into linear layers, and into the output head, from hooks around each."""
-    head = model.get_output_embeddings()
-    spent, handles, started = {"linear": 0.0, "head": 0.0}, [], []
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Linear, QuantizedLinear)):
-            kind = "head" if module is head else "linear"
+    """What part of the time of generating goes into linear layers, and into the output head.
 
-            def stop(module, args, output, kind=kind):
-                spent[kind] += now(model.device) - started.pop()
-
-            handles.append(module.register_forward_pre_hook(lambda *_: started.append(now(model.device))))
-            handles.append(module.register_forward_hook(stop))
-    try:
+    Linear layers and the head are timed by hooks around each. Quantized layers are timed where the kernel is called,
+    since hooks would keep modules from being one call; where it does norms and attention as well, they count as linear.
+    """
+    spent, head = {"linear": 0.0, "head": 0.0}, model.get_output_embeddings()
+    kinds = torch.nn.Linear if cpu.library() else (torch.nn.Linear, QuantizedLinear)
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, kinds):
+                stack.enter_context(timed(module, model.device, spent, "head" if module is head else "linear"))
+        if cpu.library():
+            stack.enter_context(timed_kernel(spent))
         total = generate_seconds(model, ids, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
     parts = {f"of_it_{kind}": seconds / total for kind, seconds in spent.items()}
     return parts | {"of_it_rest": 1 - sum(parts.values())}
+
+
+@contextlib.contextmanager
+def timed(module: torch.nn.Module, device: torch.device, spent: dict[str, float], kind: str) -> Iterator[None]:
+    """Add the time of a module's calls to `spent[kind]`."""
+    started = []
+
+    def stop(*_) -> None:
+        spent[kind] += now(device) - started.pop()
+
+    before = module.register_forward_pre_hook(lambda *_: started.append(now(device)))
+    after = module.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@contextlib.contextmanager
+def timed_kernel(spent: dict[str, float]) -> Iterator[None]:
+    """Add the time of the CPU kernel's calls to `spent["linear"]`."""
+    library = cpu.library()
+    functions = {name: getattr(library, name) for name in KERNEL}
+
+    def measured(function: Callable) -> Callable:
+        def call(*args):
+            start = perf_counter()
+            result = function(*args)
+            spent["linear"] += perf_counter() - start
+            return result
+
+        return call
+
+    try:
+        for name, function in functions.items():
+            setattr(library, name, measured(function))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(library, name, function)

@@ -13,13 +13,15 @@ import torch
 from quip.errors import QuipError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
+LONG = 32  # activations, from which on a dense matrix may pay
+PAYS = {"avx512": 1 / 2, "neon": 1 / 2, "avx2": 1 / 4, "portable": 1 / 32}  # and does; for each column
 WIDEST = 2**16  # columns whose sums certainly fit 32 bits
 
 
 class Stage(ctypes.Structure):
     """struct quip_stage"""
 
-    _fields_ = [(k, ctypes.c_int64) for k in ("offset", "p", "q")] + [(k, ctypes.c_void_p) for k in ("L", "R")]
+    _fields_ = [(k, ctypes.c_int64) for k in ("offset", "p", "q")] + [(k, ctypes.c_void_p) for k in ("L", "R", "Rt")]
 
 
 class Transform(ctypes.Structure):
@@ -53,9 +55,16 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         if lib.quip_layer_size() != ctypes.sizeof(Layer):
             return None, "it was built from another version of its source: install quip again"
         lib.quip_backends.restype = lib.quip_backend.restype = ctypes.c_char_p
-        lib.quip_linear.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
-        lib.quip_multiply.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2
-        lib.quip_read.argtypes, lib.quip_read.restype = [ctypes.c_void_p] + [ctypes.c_int64] * 2, ctypes.c_uint64
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        lib.quip_linears.argtypes = [pointer, size, pointer, pointer, size, size, size]
+        lib.quip_gated.argtypes = [pointer] * 5 + [size] * 3
+        lib.quip_dense.argtypes = [pointer, pointer, size, size]
+        norm = [pointer] * 3 + [size, size, ctypes.c_double, size]
+        lib.quip_rms_norm.argtypes, lib.quip_rms_norm.restype = norm, None
+        lib.quip_block_in.argtypes = [pointer] * 7 + [size]
+        lib.quip_block_out.argtypes = [pointer] * 5 + [size] * 3 + [pointer, size]
+        lib.quip_multiply.argtypes = [pointer] * 3 + [size] * 2
+        lib.quip_read.argtypes, lib.quip_read.restype = [pointer, size, size], ctypes.c_uint64
     except (OSError, AttributeError) as e:
         return None, f"it cannot be loaded: {e}"
     names = ", ".join(lib.quip_backends().decode().split())
@@ -80,7 +89,7 @@ def backends() -> list[str]:
 
 
 def backend() -> str:
-    """The backend in use: avx512, avx2, neon, portable, or torch. The environment variable QUIP_CPU forces one."""
+    """The backend in use: amx, avx512, avx2, neon, portable, or torch. The environment variable QUIP_CPU forces one."""
     lib = load()[0]
     return lib.quip_backend().decode() if lib else "torch"
 
@@ -92,7 +101,17 @@ def use(name: str) -> None:
     load()[0].quip_use(name.encode())
 
 
-class Call:
+class Unsaved:
+    """What is made of a module's tensors when needed, and holds their addresses: a copy has to make its own."""
+
+    def __deepcopy__(self, memo) -> None:
+        return None
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+class Call(Unsaved):
     """The kernel's call for one layer: its structure, made once. Keeps the tensors, whose addresses are in it, alive.
 
     The arguments are those of `quip.kernels.linear` after x. Raises `QuipError` for tensors that do not fit together,
@@ -110,43 +129,90 @@ class Call:
                 raise QuipError(f"{what} {tuple(t.shape)} does not fit a layer of {n} inputs and {self.m} outputs")
         check_transform("V", n, v_perm, v_factors)
         check_transform("U", self.m, u_perm, u_factors)
-        self.transforms = v_perm, *v_factors, u_perm, *u_factors
+        self.V, self.U = (v_perm, *v_factors), (u_perm, *u_factors)
+        self.transposed = [[R.T.contiguous() for R in factors[1::2]] for factors in (v_factors, u_factors)]
         self.addresses = tuple(map(address, self.tensors))
         self.structure = Layer(
             *(self.m, n, bits, *self.addresses, DTYPES[torch.float32 if bias is None else bias.dtype]),
-            *(transform(n, v_perm, v_factors), transform(self.m, u_perm, u_factors)),
+            transform(n, v_perm, v_factors, self.transposed[0]),
+            transform(self.m, u_perm, u_factors, self.transposed[1]),
         )
         self.at = ctypes.addressof(self.structure)
 
-    def fits(self, x: torch.Tensor, buffers: dict) -> bool:
-        """Whether x has the right width, and the layer's tensors are still where they were."""
+    def is_current(self, buffers: dict) -> bool:
+        """Whether the layer's tensors are still where they were."""
         now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
-        return tuple(map(address, now)) == self.addresses and x.shape[-1:] == (self.n,) and x.is_contiguous()
+        return tuple(map(address, now)) == self.addresses
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x, plain, has the right width, and lies row by row."""
+        return x.shape[-1:] == (self.n,) and x.is_contiguous()
+
+    def input_like(self, other: Call) -> bool:
+        """Whether this layer and another have the same width, bits and V."""
+        if (self.n, self.structure.bits, len(self.V)) != (other.n, other.structure.bits, len(other.V)):
+            return False
+        pairs = zip(self.V, other.V, strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
-        y = x.new_empty(*x.shape[:-1], self.m)
-        threads = torch.get_num_threads()
-        if library().quip_linear(self.at, x.data_ptr(), y.data_ptr(), x.numel() // self.n, DTYPES[x.dtype], threads):
-            raise MemoryError(f"no memory for the product with {self.m} x {self.n} weights")
-        return y
+        return self.by_dense(x) if self.is_long(x) else linears([self], x)[0]
 
-    def __deepcopy__(self, memo) -> None:
-        """A copied layer has other addresses, and makes a call of its own."""
+    def is_long(self, x: torch.Tensor) -> bool:
+        """Whether x has so many vectors that a dense matrix, once it is made, earns back what making it costs.
 
-    def __reduce__(self) -> tuple:
-        return type(None), ()
+        By measurement. With AMX the kernel is as fast as a dense product in float32, but not as one in bfloat16.
+        """
+        batch = x.numel() // self.n
+        if batch < LONG:
+            return False
+        if backend() == "amx":
+            return x.dtype == torch.bfloat16 and self.n <= min(batch, 2048)
+        return batch >= self.n * PAYS[backend()]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's weights `(m, n)` as an ordinary matrix, `Uᵀ (s C) V D̃⁻¹`."""
+        W = torch.empty(self.m, self.n, dtype=dtype)
+        failed = library().quip_dense(self.at, W.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+        return enough_memory(failed, W)
+
+    def by_dense(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer for a long prompt: one dense product; in float32, where 16 bits would be slower."""
+        dtype = x.dtype if x.dtype == torch.bfloat16 and backend() == "amx" else torch.float32
+        bias = self.tensors[3]
+        y = torch.nn.functional.linear(x.to(dtype), self.dense(dtype), None if bias is None else bias.to(dtype))
+        return y.to(x.dtype)
+
+
+def linears(calls: list[Call], x: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs of layers that share an input x, (…, n), contiguous: of one, or of several that `share_input`."""
+    ys = [x.new_empty(*x.shape[:-1], call.m) for call in calls]
+    layers, out = pointers([call.at for call in calls]), pointers([y.data_ptr() for y in ys])
+    batch, dtype = x.numel() // calls[0].n, DTYPES[x.dtype]
+    done = library().quip_linears(layers, len(ys), x.data_ptr(), out, batch, dtype, torch.get_num_threads())
+    return enough_memory(done, ys)
+
+
+def pointers(addresses: list[int]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
+def enough_memory(failed: int, result):
+    if failed:
+        raise MemoryError("no memory for the product with packed weights")
+    return result
 
 
 def address(t: torch.Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor]) -> Transform:
+def transform(width: int, perm: torch.Tensor | None, factors: list[torch.Tensor], transposed: list) -> Transform:
     """The structure of a transform; see `quip.incoherence.kronecker_transform`."""
-    made = Transform(perm=address(perm), stages=len(factors) // 2)
-    for i in range(len(factors) // 2):
+    made = Transform(perm=address(perm), stages=len(transposed))
+    for i, Rt in enumerate(transposed):
         L, R = factors[2 * i : 2 * i + 2]
-        made.stage[i] = Stage(width - len(L) * len(R) if i else 0, len(L), len(R), address(L), address(R))
+        made.stage[i] = Stage(width - len(L) * len(R) if i else 0, len(L), len(R), *map(address, (L, R, Rt)))
     return made
 
 
@@ -170,28 +236,30 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is just numbers on the CPU: nobody who traces or differentiates has to see what is done to it."""
+def is_plain(x: torch.Tensor, kind: str = "cpu") -> bool:
+    """Whether x is just numbers on such a device: nobody who traces or differentiates has to see what becomes of it."""
     return (
         not torch.compiler.is_compiling()
         and untraced()
         and type(x) is torch.Tensor
         and x.dtype in DTYPES
-        and x.is_cpu
+        and x.device.type == kind
         and not x.requires_grad
     )
 
 
 def can_run(x: torch.Tensor, *tensors) -> bool:
     """Whether the kernel takes x and the other arguments of `quip.kernels.linear`: on the CPU, of types it reads."""
+    return x.is_cpu and x.dtype in DTYPES and x.shape[-1] <= WIDEST and can_hold(*tensors)
+
+
+def can_hold(*tensors) -> bool:
+    """Whether the kernel takes the arguments of `quip.kernels.linear` after x."""
     qweight, scale, _, rescale, bias, v_perm, v_factors, u_perm, u_factors = tensors
     floats = [t for t in (scale, rescale, *v_factors, *u_factors) if t is not None]
     every = [t for t in (qweight, bias, v_perm, u_perm, *floats) if t is not None]
     return (
-        x.is_cpu
-        and x.dtype in DTYPES
-        and x.shape[-1] <= WIDEST
-        and (bias is None or bias.dtype in DTYPES)
+        (bias is None or bias.dtype in DTYPES)
         and qweight.dtype == torch.uint8
         and all(t.dtype == torch.float32 for t in floats)
         and all(t.is_cpu and t.is_contiguous() for t in every)

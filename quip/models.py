@@ -19,6 +19,7 @@ from .algorithm import quantize_matrix
 from .bounds import MU_WIDTH, decompose, layer_report
 from .errors import QuipError
 from .families import Call, block_calls, decoder_blocks, quantizable, run_block, weight
+from .fuse import fuse
 from .hf import QuipConfig, QuipHfQuantizer, storage_dtype
 from .kernels import QuantizedLinear
 from .methods import matrix_arguments
@@ -228,6 +229,7 @@ def quantize_model(
     with hidden_states(offload) as hidden:
         reports = walk(Blocks(model, plan), samples, hidden, progress)
     attach_config(model, plan)
+    fuse(model)
     return reports
 
 

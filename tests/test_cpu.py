@@ -14,6 +14,7 @@ from conftest import random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quip import calls as cpu_calls
 from quip import cpu
 from quip.errors import QuipError
 from quip.incoherence import KroneckerTransform
@@ -53,6 +54,11 @@ def arguments(m, n, bits, rescale=True, bias=True, transforms=True):
 def exact(x, qweight, scale, bits, rescale, bias, *transforms):
     double = [t.double() if t is not None else None for t in (rescale, bias)]
     return linear_torch(x.double(), qweight, scale.double(), bits, *double, *transforms)
+
+
+def kernel(x, *tensors):
+    """The layer by the kernel, however many activations there are."""
+    return cpu.linears([cpu.Call(x.shape[-1], *tensors)], x)[0]
 
 
 def error(y, reference):
@@ -143,7 +149,7 @@ def test_16_bit_error_is_at_most_twice_the_naive_forms(backend, bits, dtype):
 def test_every_16_bit_number_is_read_and_written_right(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     one, scale = pack(torch.tensor([[3]]), 2), torch.ones(1)  # the layer y = x
-    y = cpu.linear(every[:, None], one, scale, 2)[:, 0]
+    y = kernel(every[:, None], one, scale, 2)[:, 0]
     finite = every.isfinite()
     assert torch.equal(y[finite], every[finite])
     assert y[~finite].isnan().all()
@@ -189,10 +195,71 @@ def test_a_massive_activation_leaves_the_others_exact_enough():
 def test_many_activations_are_many_single_ones(backend):
     tensors = arguments(20, 70, 3)
     x = inputs(150, 70)
-    y = linear(x, *tensors)
     one = torch.cat([cpu.linear(row[None], *tensors) for row in x])
-    assert error(y, exact(x, *tensors)) < 2e-4
-    assert torch.equal(cpu.linear(x, *tensors), one)
+    assert error(one, exact(x, *tensors)) < 2e-4
+    assert torch.equal(kernel(x, *tensors), one)
+
+
+@needs_kernel
+@settings(deadline=None, max_examples=40)
+@given(widths, widths, st.sampled_from([2, 3, 4]), st.booleans(), st.booleans(), st.sampled_from([1, 3]))
+def test_the_dense_matrix_of_a_layer(m, n, bits, rescale, transforms, threads):
+    tensors = arguments(min(m, 600), n, bits, rescale, False, transforms)
+    call, before = cpu.Call(n, *tensors), torch.get_num_threads()
+    columns = exact(torch.eye(n), *tensors).T
+    torch.set_num_threads(threads)
+    for name in BACKENDS:
+        cpu.use(name)
+        W = call.dense(torch.float32)
+        assert W.shape == columns.shape and error(W, columns) < 1e-5
+        assert torch.equal(call.dense(torch.bfloat16), W.bfloat16()) and torch.equal(
+            call.dense(torch.float16), W.half()
+        )
+    cpu.use(BACKENDS[0])
+    torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_long_prompts_go_by_a_dense_matrix(backend, dtype, monkeypatch):
+    tensors = arguments(40, 70, 2)
+    x, call = inputs(3, 100, 70).to(dtype), cpu.Call(70, *tensors)
+    made = []
+    monkeypatch.setattr(
+        cpu.Call, "dense", lambda self, dtype, dense=cpu.Call.dense: made.append(dtype) or dense(self, dtype)
+    )
+    y = call(x)
+    wanted = dtype if dtype == torch.bfloat16 and backend == "amx" else torch.float32
+    assert made == ([] if backend == "amx" and dtype != torch.bfloat16 else [wanted])
+    limit = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert (
+        y.dtype == dtype
+        and y.shape == (3, 100, 40)
+        and error(y, exact(x.float().flatten(0, 1), *tensors).view(3, 100, 40)) < limit
+    )
+    call(x[:, :10])  # 30 in all
+    assert len(made) <= 1
+
+
+@needs_kernel
+def test_layers_that_share_their_input():
+    first = arguments(20, 70, 2, rescale=False)
+    others = [
+        (*arguments(m, 70, 2, rescale=False, bias=m == 33)[:5], *first[5:7], *KroneckerTransform(m, m).tensors())
+        for m in (33, 1)
+    ]
+    calls = [cpu.Call(70, *tensors) for tensors in (first, *others)]
+    assert cpu_calls.share_input(calls)
+    for batch in (1, 5, 40):
+        x = inputs(batch, 70)
+        for call, y in zip(calls, cpu.linears(calls, x), strict=True):
+            assert torch.equal(y, cpu.linears([call], x)[0])
+    strangers = (
+        arguments(20, 70, 3, rescale=False),
+        arguments(20, 70, 2, rescale=True),
+        arguments(20, 70, 2, transforms=False),
+    )
+    assert not any(cpu_calls.share_input([calls[0], cpu.Call(70, *tensors)]) for tensors in strangers)
 
 
 @needs_kernel

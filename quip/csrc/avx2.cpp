@@ -85,7 +85,7 @@ inline int64_t total(Sum low, Sum high) { return total(low) + 256 * total(high);
 
 static bool runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-const Backend avx2_backend = {"avx2", VECTOR, quantize, arrange, multiply, product, runs_here};
+const Backend avx2_backend = {"avx2", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};
 #else
-const Backend avx2_backend = {"avx2", 0, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend avx2_backend = {"avx2", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

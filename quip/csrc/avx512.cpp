@@ -4,38 +4,17 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
 #endif
+
+#include "avx512.h"
 
 namespace {
 
-constexpr int VECTOR = 64, ROWS = 4, TILE_ROWS = 2, TILE = 4, LANES = 16;
-using Vec = __m512i;
+constexpr int ROWS = 4, TILE_ROWS = 2, TILE = 4, LANES = 16;
 using Sum = __m512i;
-
-inline Vec load(const int8_t *p) { return _mm512_loadu_si512(p); }
-
-inline Vec load(const uint8_t *p, int64_t left) {
-    return left >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((1ull << left) - 1, p);
-}
-
-// High bits: each byte's eight become the low four bits of two bytes, one for each byte of codes. Above them is rubbish.
-inline Vec load_high(const uint8_t *p, int64_t left) {
-    const __m512i b = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(load(p, left < 32 ? left : 32)));
-    return _mm512_or_si512(b, _mm512_slli_epi16(b, 4));
-}
-
-inline Vec join_high(Vec code, Vec high, int k) {
-    const __m512i bit = k > 2 ? _mm512_srli_epi16(high, 1) : _mm512_slli_epi16(high, 2 - k);
-    return _mm512_or_si512(code, _mm512_and_si512(bit, _mm512_set1_epi8(4)));
-}
-
-template <int FIELDS>
-inline Vec field(Vec packed, int k) {
-    return _mm512_and_si512(_mm512_srli_epi16(packed, 8 / FIELDS * k), _mm512_set1_epi8((1 << 8 / FIELDS) - 1));
-}
 
 inline void multiply_add(Sum &sum, Vec code, Vec digit) { sum = _mm512_dpbusd_epi32(sum, code, digit); }
 
@@ -62,10 +41,11 @@ inline int64_t total(Sum low, Sum high) {
 
 static bool runs_here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
 }
 
-const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, product, runs_here};
+const Backend avx512_backend = {"avx512", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};
 #else
-const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend avx512_backend = {"avx512", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

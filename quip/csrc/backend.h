@@ -19,9 +19,17 @@ struct Backend {
     // bytes, an activation vector `size` bytes of digits
     void (*multiply)(const uint8_t *codes, int64_t width, int64_t bits, int64_t rows, const int8_t *digits,
                      int64_t size, int64_t batch, int64_t *sums, int64_t stride);
-    // C (rows, columns) = A (rows, inner) B (inner, columns); A(i, k) at A[i * row_step + k * step]
-    void (*product)(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t rows,
+    // out (n) = factor * (2 sums - offset)
+    void (*scale)(const int64_t *sums, int64_t n, double factor, int64_t offset, float *out);
+    // C (rows, columns), rows `to` apart, = A (rows, inner) B (inner, columns); A(i, k) at A[i * row_step + k * step]
+    void (*product)(const float *A, int64_t row_step, int64_t step, const float *B, float *C, int64_t to, int64_t rows,
                     int64_t inner, int64_t columns);
+    // g (n) -> silu(g) u
+    void (*swiglu)(float *g, const float *u, int64_t n);
+    // out (heads, d) = softmax(q K') V of q (heads, d), with n keys and values that are `step` numbers apart, all float
+    // (`wide`) or bfloat16; scores (heads, n) is room. d is a multiple of 16.
+    void (*attend)(const float *q, int64_t heads, int64_t d, const void *K, const void *V, int64_t n, int64_t step,
+                   bool wide, float *scores, float *out);
     bool (*runs_here)();
 };
 
@@ -34,4 +42,4 @@ struct Backend {
 
 inline void fetch(const void *p) { __builtin_prefetch(p); }  // never faults
 
-extern const Backend avx512_backend, avx2_backend, neon_backend, portable_backend;
+extern const Backend amx_backend, avx512_backend, avx2_backend, neon_backend, portable_backend;

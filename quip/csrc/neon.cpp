@@ -75,7 +75,7 @@ static bool runs_here() {
 #endif
 }
 
-const Backend neon_backend = {"neon", VECTOR, quantize, arrange, multiply, product, runs_here};
+const Backend neon_backend = {"neon", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};
 #else
-const Backend neon_backend = {"neon", 0, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+const Backend neon_backend = {"neon", 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 #endif

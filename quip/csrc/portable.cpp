@@ -72,4 +72,4 @@ inline int64_t total(Sum low, Sum high) { return total(low) + 256 * total(high);
 
 #include "multiply.inc"
 
-const Backend portable_backend = {"portable", VECTOR, quantize, arrange, multiply, product, [] { return true; }};
+const Backend portable_backend = {"portable", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, [] { return true; }};
