@@ -190,18 +190,19 @@ def quantize_matrix(
     asked = alpha
     damped, alpha = damp_to_definite(H, alpha, center, name)
     unit, unit_H = power_of_two(W), power_of_two(damped)
-    W, H, damped = W.double() / unit, H.double() / unit_H, damped / unit_H
+    W, damped = W.double() / unit, damped / unit_H
     kind = {"dtype": torch.float64, "incoherence": incoherence, "permute": permute}
     V, U = (make_transform(k, s, **kind).to(W.device) for k, s in zip((n, m), seeds, strict=True))
     basis = Basis(V, U, rescaling(W, damped).float().double() if rescale else None)
     try:
         W_, H_ = basis.enter(W, damped)
+        del damped  # a wide H is most of what is in memory
         codes, scale, rho = round_matrix(W_.float(), H_, bits, rounder, refine, order, rho, pre_clamp)
     except QuipError as e:
         raise QuipError(f"{name}: {e}") from e
     result = QuantizedMatrix(codes, scale * unit, bits, basis, {"alpha": alpha, "center": center, "order": order})
     result.report.update(alpha=alpha, **({} if alpha == asked else {"alpha_asked": asked}), rho=rho)
-    result.report.update(describe(codes, bits, result.dequantize() / unit, W, H))
+    result.report.update(describe(codes, bits, result.dequantize() / unit, W, H.double() / unit_H))
     return result
 
 

@@ -236,14 +236,14 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is just numbers on the CPU: nobody who traces or differentiates has to see what is done to it."""
+def is_plain(x: torch.Tensor, kind: str = "cpu") -> bool:
+    """Whether x is just numbers on such a device: nobody who traces or differentiates has to see what becomes of it."""
     return (
         not torch.compiler.is_compiling()
         and untraced()
         and type(x) is torch.Tensor
         and x.dtype in DTYPES
-        and x.is_cpu
+        and x.device.type == kind
         and not x.requires_grad
     )
 

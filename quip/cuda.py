@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .cpu import Unsaved
 from .errors import QuipError
 from .incoherence import kronecker_multiply
 
@@ -762,7 +763,7 @@ def _strips(strips: int, rest: int) -> int:  # blocks for the strips of a produc
     return max(-(-strips // 4), -(-rest // 4096), 1)
 
 
-class Call:
+class Call(Unsaved):
     """One layer on its device, checked once: called with x `(…, n)` it gives y `(…, m)`, in x's type; see `linear`."""
 
     def __init__(
@@ -779,11 +780,14 @@ class Call:
         factors = max((p + q for _, p, q, _, _ in self.stages_v + self.stages_u), default=0)
         self.fused = self.m <= MOST_ROWS and 16 * (-(-n // 4) + factors) + 1024 <= self.kernels.room
 
-    def fits(self, x: torch.Tensor, buffers: dict) -> bool:
-        """Whether x has the right width, and the layer's tensors are still the ones that were checked."""
+    def is_current(self, buffers: dict) -> bool:
+        """Whether the layer's tensors are still the ones that were checked."""
         now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
-        same = all(a is b for a, b in zip(now, self.tensors, strict=True))
-        return same and x.dtype in TYPES and x.device == self.qweight.device and x.shape[-1:] == (self.n,)
+        return all(a is b for a, b in zip(now, self.tensors, strict=True))
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether x, of one of `TYPES`, has the right width and device."""
+        return x.shape[-1:] == (self.n,) and x.device == self.qweight.device
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, self.n).contiguous()

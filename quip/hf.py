@@ -123,16 +123,22 @@ class QuipHfQuantizer(HfQuantizer):
             if not [*parent.parameters(recurse=False), *parent.buffers(recurse=False)]:
                 parent._is_hf_initialized = True  # else GPT-2 would start the weights of `c_proj`, which is no more
         check_files(model, checkpoint_files or (), file_prefix(model))
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if not self.pre_quantized:
             quantize_loaded(model, self.quantization_config)
+            return model
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 if layer.qweight.is_meta:
                     raise QuipError(f"{name}: packed codes cannot be left on disk; load without offload_buffers")
                 layer.build(name)
                 check_values(name, layer)
+        for name, p in model.named_parameters():
+            # some Transformers (5.0, 5.15) leave what they rename or merge in the 16 bits of the file
+            if p.dtype in (torch.float16, torch.bfloat16) and p.dtype != self.dtypes.get(name, p.dtype):
+                p.data = p.data.to(self.dtypes[name])
         return fuse(model)
 
     def get_state_dict_and_metadata(self, model, *args, **kwargs):

@@ -232,16 +232,19 @@ class QuantizedLinear(torch.nn.Module):
         b = self._buffers
         return b["qweight"], b["scale"], self.bits, b["rescale"], b["bias"], *self.V.tensors(), *self.U.tensors()
 
-    def prepared(self) -> cpu.Call | None:
-        """The kernel's call of this layer, made once: straight to the kernel. None where the kernel cannot run it."""
+    def prepared(self, kind: str = "cpu") -> cpu.Call | cuda.Call | None:
+        """The call of a kernel for such a device, made once for this layer. None where that cannot run it."""
+        if self.V is None or self.qweight.device.type != kind:
+            return None
         if self.call is None or not self.call.is_current(self._buffers):
-            able = self.V is not None and cpu.can_hold(*self.tensors())
-            self.call = cpu.Call(self.in_features, *self.tensors()) if able else None
+            able = cuda.available() if kind == "cuda" else kind == "cpu" and cpu.can_hold(*self.tensors())
+            made = cuda.Call if kind == "cuda" else cpu.Call
+            self.call = made(self.in_features, *self.tensors()) if able else None
         return self.call
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y `(…, m)` of x `(…, n)`, in x's dtype. Raises `QuipError` for another n, or before `build`."""
-        call = self.prepared() if cpu.is_plain(x) else None
+        call = self.prepared(x.device.type) if cpu.is_plain(x, x.device.type) else None
         if call is not None and call.takes(x):
             return call(x)
         if self.V is None:

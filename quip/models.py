@@ -169,10 +169,10 @@ def round_to_16_bits(named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dty
     """
     for name, p in named:
         if p.is_floating_point() and p.dtype != dtype and not p.is_meta:  # meta: not in memory
-            rounded = p.to(dtype)
-            if torch.isinf(rounded).any() and not torch.isinf(p).any():
+            ends = torch.stack(p.aminmax()) if p.numel() else p  # no copy: a vocabulary is large
+            if torch.isfinite(ends).all() and torch.isinf(ends.to(dtype)).any():
                 raise QuipError(f"{prefix}{name}: entries too large for {dtype}; give the model another dtype")
-            p.copy_(rounded)
+            p.copy_(p.to(dtype))
 
 # %% ../book/10_models.ipynb #models-28
 Progress = Callable[[int, int, dict[str, dict]], None]  # blocks done, of so many, reports of the last one's layers

@@ -60,7 +60,7 @@ def needs(shapes: Shapes, parts: dict, bits: int = 2, samples: int = 64, seq_len
     activations = 4 * samples * seq_len * shapes.hidden
     layer = max(parts["workspace"] * n**2 + parts["rows"] * m * n for n, rows in shapes.inputs for m in rows)
     block = 4 * shapes.block + 8 * layer
-    offloaded = parts["base"] + max(block, 7 * shapes.vocabulary)
+    offloaded = parts["base"] + max(block, 6 * shapes.vocabulary)
     packed = shapes.blocks * sum(m * packed_width(n, bits) for n, rows in shapes.inputs for m in rows)
     tokens, spent = samples * seq_len, 0.0
     for n, rows in shapes.inputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 from collections.abc import Iterable, MutableSequence
 from pathlib import Path
@@ -134,6 +136,7 @@ class ShardedBlocks(KeptBlocks):
         self, model: PreTrainedModel, plan: Plan, work: WorkFolder, shards: Shards, device: torch.device | str
     ):
         super().__init__(model, plan, work)
+        map_large_memory()
         self.shards, self.device = shards, device
         again = {name for names in shards.tied for name in names[1:]}
         self.outside = [n for n in model.state_dict() if not n.startswith(f"{self.prefix}.") and n not in again]
@@ -182,6 +185,16 @@ class ShardedBlocks(KeptBlocks):
             self.put({name: in_16_bits(self.shards.read([name])[name], state[name].dtype, self.dtype)})
         for i in range(len(self.blocks)):
             self.put({f"{self.prefix}.{i}.{name}": x for name, x in self.work.read(i)[0].items()})
+
+
+def map_large_memory() -> None:
+    """Let glibc map whatever has a megabyte or more, and unmap it once it is free.
+
+    Left alone it keeps all that is smaller than 32 MB in one heap, whose holes grow with every block: half a gigabyte.
+    """
+    M_MMAP_THRESHOLD = -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def in_16_bits(x: torch.Tensor, dtype: torch.dtype, stored: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The CUDA kernels without a GPU: run on the CPU by an emulation that finds what is wrong, and compiled by NVRTC."""
 
+import copy
 import ctypes
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import quip.cuda as cuda
+from quip.algorithm import quantize_matrix
 from quip.errors import QuipError
 from quip.incoherence import IdentityTransform, KroneckerTransform
+from quip.kernels import QuantizedLinear
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda"))
 from emulate import COMPILER, EmulationError, Emulator
@@ -181,6 +185,21 @@ def test_zero_infinite_and_undefined_activations(emulate):
     x[0], x[1, 3], x[2, 5] = 0, torch.inf, torch.nan
     y = cuda.linear(x, *rest)
     assert (y[0] == 0).all() and not torch.isfinite(y[1:]).any()
+
+
+@emulated
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_call_of_a_quantized_layer(emulate, rescale):
+    emulate(1)
+    W = torch.randn(24, 70, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear.from_matrix(quantize_matrix(W, torch.eye(70), 3, rescale=rescale), torch.ones(24))
+    call, x = cuda.Call(layer.in_features, *layer.tensors()), torch.randn(2, 3, 70)
+    assert call.takes(x) and call.is_current(layer._buffers) and not call.takes(x[..., :69])
+    assert relative(call(x), layer(x)) < 1e-4  # the CPU's kernel rounds x to two digits
+    layer.scale = layer.scale.clone()
+    assert not call.is_current(layer._buffers)
+    layer.call = call
+    assert copy.deepcopy(layer).call is None and pickle.loads(pickle.dumps(call)) is None
 
 
 @emulated

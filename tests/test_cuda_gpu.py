@@ -6,6 +6,8 @@ from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
 
 import quip.cuda as cuda
 from quip import bench_cuda
+from quip.algorithm import quantize_matrix
+from quip.kernels import QuantizedLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason=cuda.reason() or "available")]
 
@@ -72,6 +74,18 @@ def test_many_layers_one_after_the_other():
         expected = cuda.linear(expected, *rest)
         torch.cuda.synchronize()
     assert torch.equal(chain, expected) and torch.isfinite(chain).all()
+
+
+def test_a_quantized_layer():
+    W = torch.randn(96, 160, generator=torch.Generator().manual_seed(0))
+    layer = QuantizedLinear.from_matrix(quantize_matrix(W, torch.eye(160), 2))
+    x = torch.randn(2, 3, 160)
+    expected = layer(x)
+    moved = layer.to("cuda")
+    for _ in range(2):  # the second time by the call that the first has prepared
+        assert relative(moved(x.cuda()).cpu(), expected.double()) < 1e-4
+    assert isinstance(moved.call, cuda.Call)
+    assert relative(moved.to("cpu")(x), expected.double()) < 1e-6
 
 
 def test_benchmarks(monkeypatch):

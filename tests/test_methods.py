@@ -6,7 +6,7 @@ from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quip import QuipError, load_model, models, quantize_matrix, quantize_model, save_model
+from quip import QuipError, load_model, quantize_matrix, quantize_model, save_model
 from quip.algorithm import PRESETS
 from quip.hf import QuipConfig
 from quip.incoherence import IdentityTransform, KroneckerTransform, make_transform
@@ -168,4 +168,4 @@ def test_quantize_save_load(changes, tmp_path, tokenizer, token_ids):
     assert (got - expected).norm() < 2e-3 * expected.norm()
     config = loaded.config.quantization_config
     assert config.incoherence == changes.get("incoherence", "kron")
-    assert models.choose(**changes)["rescale"] == config.rescale
+    assert choose(**changes)["rescale"] == config.rescale

@@ -275,3 +275,13 @@ def test_unknown_models_are_an_error(tmp_path):
     for source in ("no/such-model-anywhere", str(tmp_path), str(tmp_path / "missing.gguf")):
         with pytest.raises(QuipError):
             load_model(source)
+
+
+def test_what_does_not_fit_16_bits_is_an_error_that_names_it(token_ids):
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = 1e5
+    with pytest.raises(QuipError, match=r"layers\.1\.input_layernorm\.weight: entries too large for torch\.float16"):
+        quantized(model, token_ids)
+    model = tiny_llama()
+    model.model.norm.weight.data[3] = -65519.0  # rounds to the largest float16
+    assert quantized(model, token_ids)
