@@ -331,7 +331,7 @@ __device__ void kronecker(int memory, Ready ready, In in, Out out, PTR(const flo
     }
 }
 
-#define STAGE PTR(const float) L, PTR(const float) R, int p, int q, int offset, int n, int batch
+#define STAGE PTR(const float) L, PTR(const float) R, int p, int q, int offset, int n
 #define LARGE(b) ((long long)(b) * n)
 
 // A stage of V: x / D̃ to shared memory, from where it is read in the order of the permutation, and the product.
@@ -390,7 +390,7 @@ __device__ void transform(PTR(half16) out, PTR(float) sums, LATE(In) x, PTR(cons
             sum[d] += to_float(digit) * power(lift(j)), rest = (rest - to_float(digit)) * 2048;
         }
     };
-    stage<In>(x, perm, rescale, start, write, L, R, p, q, offset, n, batch, padded_width(n));
+    stage<In>(x, perm, rescale, start, write, L, R, p, q, offset, n, padded_width(n));
 #pragma unroll
     for (int d = 0; d < 2; d++) {
         if (d >= digits) break;
@@ -408,7 +408,7 @@ __device__ void transform(PTR(half16) out, PTR(float) sums, LATE(In) x, PTR(cons
 }
 #define FORWARD(In) PTR(half16) out, PTR(float) sums, LATE(In) x, PTR(const long long) perm, \
                     PTR(const float) rescale, STAGE, int digits
-#define FORWARD_ARGUMENTS out, sums, x, perm, rescale, L, R, p, q, offset, n, batch, digits
+#define FORWARD_ARGUMENTS out, sums, x, perm, rescale, L, R, p, q, offset, n, digits
 LARGE_KERNEL forward_float(FORWARD(float)) { transform<float>(FORWARD_ARGUMENTS); }
 LARGE_KERNEL forward_half(FORWARD(half16)) { transform<half16>(FORWARD_ARGUMENTS); }
 LARGE_KERNEL forward_bfloat(FORWARD(bfloat16)) { transform<bfloat16>(FORWARD_ARGUMENTS); }
@@ -418,10 +418,10 @@ template <class In>
 __device__ void transform_first(PTR(float) out, LATE(In) x, PTR(const long long) perm, PTR(const float) rescale,
                                 STAGE) {
     auto write = [&](int j, float value) { out[LARGE(blockIdx.y) + j] = value; };
-    stage<In>(x, perm, rescale, [](float) {}, write, L, R, p, q, offset, n, batch, n);
+    stage<In>(x, perm, rescale, [](float) {}, write, L, R, p, q, offset, n, n);
 }
 #define FIRST(In) PTR(float) out, LATE(In) x, PTR(const long long) perm, PTR(const float) rescale, STAGE
-#define FIRST_ARGUMENTS out, x, perm, rescale, L, R, p, q, offset, n, batch
+#define FIRST_ARGUMENTS out, x, perm, rescale, L, R, p, q, offset, n
 LARGE_KERNEL first_float(FIRST(float)) { transform_first<float>(FIRST_ARGUMENTS); }
 LARGE_KERNEL first_half(FIRST(half16)) { transform_first<half16>(FIRST_ARGUMENTS); }
 LARGE_KERNEL first_bfloat(FIRST(bfloat16)) { transform_first<bfloat16>(FIRST_ARGUMENTS); }
@@ -441,7 +441,7 @@ __device__ void transform_back(PTR(Real) y, LATE(float) z, PTR(const long long) 
     kronecker<true>(0, [] { wait_for_previous(), __syncthreads(); }, in, write, L, R, p, q, offset, n);
 }
 #define BACKWARD(Real) PTR(Real) y, LATE(float) z, PTR(const long long) perm, PTR(const Real) bias, STAGE
-#define BACKWARD_ARGUMENTS y, z, perm, bias, L, R, p, q, offset, n, batch
+#define BACKWARD_ARGUMENTS y, z, perm, bias, L, R, p, q, offset, n
 LARGE_KERNEL backward_float(BACKWARD(float)) { transform_back<float>(BACKWARD_ARGUMENTS); }
 LARGE_KERNEL backward_half(BACKWARD(half16)) { transform_back<half16>(BACKWARD_ARGUMENTS); }
 LARGE_KERNEL backward_bfloat(BACKWARD(bfloat16)) { transform_back<bfloat16>(BACKWARD_ARGUMENTS); }
@@ -808,12 +808,12 @@ class Call(Unsaved):
         for o, a, b, L0, R0 in first:
             middle = torch.empty(batch, n, dtype=torch.float32, device=x.device)
             grid, room = (_strips(b, n - a * b), batch), 16 * (-(-n // 4) + a + b)
-            self._launch(f"first_{kind}", grid, n, room, middle, x, perm, rescale, L0, R0, a, b, o, n, batch)
+            self._launch(f"first_{kind}", grid, n, room, middle, x, perm, rescale, L0, R0, a, b, o, n)
             x, perm, rescale, kind = middle, None, None, "float"
         grid, room = (_strips(q, width - p * q), batch), 16 * (-(-n // 4) + p + q)
         ready = torch.empty(-(-vectors // 8) * 8, width, dtype=torch.float16, device=x.device)
         sums = torch.empty(vectors, grid[0] + 1, dtype=torch.float32, device=x.device)
-        args = ready, sums, x, perm, rescale, L, R, p, q, offset, n, batch, digits
+        args = ready, sums, x, perm, rescale, L, R, p, q, offset, n, digits
         self._launch(f"forward_{kind}", grid, n, room, *args)
         return ready, sums, batch, digits
 
@@ -844,7 +844,7 @@ class Call(Unsaved):
         for i in range(len(stages) - 1, -1, -1):  # the last stage of U is the first of Uᵀ
             offset, p, q, L, R = stages[i]
             out, perm, b = (y, self.perm_u, bias) if i == 0 else (torch.empty_like(z), None, None)
-            grid, args = (_strips(p, m - p * q), batch), (out, z, perm, b, L, R, p, q, offset, m, batch)
+            grid, args = (_strips(p, m - p * q), batch), (out, z, perm, b, L, R, p, q, offset, m)
             self._launch(f"backward_{TYPES[out.dtype]}", grid, m, 16 * (p + q), *args)
             z = out
         return y

@@ -325,7 +325,7 @@ BUGS = {
     ),
     "z read before it is there": (*KRONECKER, "wait_for_previous(), ", "", "may still be writing"),
     "a lane too few in a sum": (*KRONECKER, "TRANSPOSED ? 32 : 8); mask", "TRANSPOSED ? 32 : 4); mask", None),
-    "padding that nobody writes": (*KRONECKER, "batch, padded_width(n));", "batch, n);", None),
+    "padding that nobody writes": (*KRONECKER, "n, padded_width(n));", "n, n);", None),
 }
 
 
