@@ -69,10 +69,8 @@ def fastest_pair(one: Callable, other: Callable, repeats: int) -> tuple[float, f
 
 
 @torch.no_grad()
-def bench_kernels(
-    sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repeats=3, seed=0, device="cpu"
-) -> Iterator[dict]:
-    """Time packed layers beside `torch.nn.functional.linear` in float32 and bfloat16, weights streamed from memory.
+def bench_kernels(sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repeats=3, seed=0) -> Iterator[dict]:
+    """Time packed layers on the CPU beside `torch.nn.functional.linear`, weights streamed from memory.
 
     Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
     take turns, and of each the fastest of `repeats` rounds counts. A size is left out if memory is short. Rows: m, n,
@@ -80,21 +78,20 @@ def bench_kernels(
     ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of float32),
     and error (relative, against float64).
     """
-    device = torch.device(device)
-    limit = read_bandwidth(device)
+    limit = read_bandwidth()
     for m, n in sizes:
-        if device.type == "cpu" and 16 * m * n > free_memory():  # two copies of each, and room to make them
+        if 16 * m * n > free_memory():  # two copies of each, and room to make them
             print(f"{m}x{n} is left out: its dense copies do not fit into memory", file=sys.stderr)
             continue
         dense = {}
         for dtype in (torch.float32, torch.bfloat16):
             copies = max(STREAMED // (m * n * dtype.itemsize), 1) + 1
-            dense[dtype] = [torch.randn(m, n, device=device).to(dtype) for _ in range(copies)]
+            dense[dtype] = [torch.randn(m, n).to(dtype) for _ in range(copies)]
         for bits in widths:
-            layers = random_layers(m, n, bits, seed, device)
+            layers = random_layers(m, n, bits, seed)
             for batch in batches:
-                x = torch.randn(batch, n, device=device)
-                for stage, function in stages(bits, device).items():
+                x = torch.randn(batch, n)
+                for stage, function in stages(bits).items():
                     times = fastest_streams(
                         {
                             "ours": [partial(function, layer, x) for layer in layers],
@@ -102,7 +99,6 @@ def bench_kernels(
                             **{d: [partial(torch.nn.functional.linear, x.to(d), W) for W in dense[d]] for d in dense},
                         },
                         repeats,
-                        device,
                     )
                     speed = m * packed_width(n, bits) / times["ours"]
                     yield {
@@ -116,20 +112,20 @@ def bench_kernels(
         del dense
 
 
-def stages(bits: int, device: torch.device) -> dict[str, Callable]:
+def stages(bits: int) -> dict[str, Callable]:
     """What is timed: functions of a layer and its inputs. The product alone is timed where the CPU kernel runs."""
     layer = {"layer": lambda layer, x: layer(x)}
-    if device.type != "cpu" or cpu.library() is None:
+    if cpu.library() is None:
         return layer
     return {"multiply": lambda layer, x: cpu.multiply(x, layer.qweight, layer.scale, bits), **layer}
 
 
-def random_layers(m: int, n: int, bits: int, seed: int, device: torch.device) -> list[QuantizedLinear]:
+def random_layers(m: int, n: int, bits: int, seed: int) -> list[QuantizedLinear]:
     """Layers of random codes with one pair of transforms, as many as memory streams."""
     g = torch.Generator().manual_seed(seed)
     basis = Basis(KroneckerTransform(n, seed), KroneckerTransform(m, seed + 1), None)
     codes = torch.randint(2**bits, (m, n), generator=g, dtype=torch.uint8)
-    first = QuantizedLinear.from_matrix(QuantizedMatrix(codes, 1.0, bits, basis, {}, {})).to(device)
+    first = QuantizedLinear.from_matrix(QuantizedMatrix(codes, 1.0, bits, basis, {}, {}))
     layers = [first]
     for _ in range(STREAMED // first.qweight.nbytes):
         layers.append(QuantizedLinear(n, m, bits))
@@ -138,7 +134,7 @@ def random_layers(m: int, n: int, bits: int, seed: int, device: torch.device) ->
     return layers
 
 
-def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: torch.device) -> dict[object, float]:
+def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[object, float]:
     """Seconds a call of each kind, its functions called one after the other; the least of `repeats` rounds.
 
     Every function is called once before, since a layer's first call prepares the others.
@@ -151,10 +147,10 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int, device: to
         for kind in calls:
             count = min(len(what[kind]), 32)
             functions = list(islice(calls[kind], count))
-            start = now(device)
+            start = perf_counter()
             for function in functions:
                 function()
-            best[kind] = min(best[kind], (now(device) - start) / count)
+            best[kind] = min(best[kind], (perf_counter() - start) / count)
     return best
 
 
@@ -167,7 +163,7 @@ def now(device: torch.device) -> float:
 
 def layer_error(function: Callable, layer: QuantizedLinear, x: torch.Tensor, stage: str) -> float:
     """Relative error of one output vector against float64."""
-    z, y = x.double(), torch.empty(1, layer.out_features, dtype=torch.float64, device=x.device)
+    z, y = x.double(), torch.empty(1, layer.out_features, dtype=torch.float64)
     z = z if stage == "multiply" else layer.V(z)
     for i in range(0, layer.out_features, 512):  # rows, since a large matrix in float64 may not fit
         rows = unpack(layer.qweight[i : i + 512], layer.bits, layer.in_features)
@@ -185,16 +181,15 @@ def free_memory() -> int:
         return 2**62
 
 
-def read_bandwidth(device: torch.device) -> float:
+def read_bandwidth() -> float:
     """Bytes a second that this machine reads from memory, on as many threads as torch uses: the best of ten."""
-    data = torch.ones(2**28, dtype=torch.uint8, device=device)
-    own = device.type == "cpu" and cpu.library() is not None
-    read = partial(cpu.read, data) if own else data.view(torch.int64).sum
+    data = torch.ones(2**28, dtype=torch.uint8)
+    read = partial(cpu.read, data) if cpu.library() is not None else data.view(torch.int64).sum
     best = float("inf")
     for _ in range(10):
-        start = now(device)
+        start = perf_counter()
         read()
-        best = min(best, now(device) - start)
+        best = min(best, perf_counter() - start)
     return len(data) / best
 
 

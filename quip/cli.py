@@ -297,8 +297,10 @@ def bench_rows(args: argparse.Namespace, bits: list[int]) -> Iterator[dict]:
         print(f"CPU kernel: {cpu.backend()}{f' ({cpu.load()[1]})' if cpu.load()[1] else ''}", file=sys.stderr)
     if args.what == "kernels" and device.startswith("cuda"):
         return bench_cuda.bench_kernels(sizes or bench_cuda.SIZES, bits, args.batch)
+    if args.what == "kernels" and device != "cpu":
+        raise QuipError(f"bench kernels takes a CPU or a CUDA device, got {device!r}")
     if args.what == "kernels":
-        return bench.bench_kernels(sizes or bench.KERNEL_SIZES, bits, args.batch, args.repeats, device=device)
+        return bench.bench_kernels(sizes or bench.KERNEL_SIZES, bits, args.batch, args.repeats)
     return iter(bench_generate(args, device))
 
 
