@@ -70,7 +70,7 @@ test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: export HF_HUB_OFFLINE = 1
 test-oldest: export PYTHONPATH = $(CURDIR)
 test-oldest: .venv-oldest/.installed ## the tests that meet Transformers, on the oldest one that the package allows
-	.venv-oldest/bin/python -m pytest -p no:cacheprovider $(patsubst %,tests/test_%.py,families hf lora untrusted models pipeline cli evaluate)
+	.venv-oldest/bin/python -m pytest -p no:cacheprovider $(patsubst %,tests/test_%.py,families hf lora untrusted models pipeline cli evaluate fuse)
 
 book: .venv/.installed ## build the book into _build/html; warnings are errors
 	$(BIN)/jupyter-book build . --all -W --keep-going -n

@@ -14,7 +14,11 @@ from quip.kernels import QuantizedLinear
 
 CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"}
+# Positions come with their cosines and sines, and a `DynamicCache` appends: older Transformers say it again.
+ARGUMENTS = {
+    *("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings"),
+    "cache_position",
+}
 
 
 class Block(Fused):
