@@ -1,5 +1,6 @@
 """Small models and texts that tests share: random weights, no network."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -64,6 +65,12 @@ def tiny_opt(seed: int = 0) -> OPTForCausalLM:
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
     return model
+
+
+@pytest.fixture(autouse=True)
+def own_handlers(monkeypatch):
+    """The command line logs to a stderr that ends with the test."""
+    monkeypatch.setattr(logging.getLogger("quip"), "handlers", [])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A checkpoint is data: whatever is done to its files, it is refused in one line, or loads as what it now says."""
 
 import json
-import logging
 import shutil
 import struct
 
@@ -14,12 +13,6 @@ from quip import cli, load_model, quantize_model, save_model
 from quip.errors import QuipError
 
 LAYER = "model.layers.1.self_attn.k_proj"
-
-
-@pytest.fixture(autouse=True)
-def own_handlers(monkeypatch):
-    """The command line logs to a stderr that ends with the test."""
-    monkeypatch.setattr(logging.getLogger("quip"), "handlers", [])
 
 
 @pytest.fixture(scope="module")
