@@ -78,6 +78,7 @@ def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Loa
     `data`: a folder that may have a `zeroshot/piqa_valid.jsonl`, …; the one in QUIP_DATA if not given. Raises
     `QuipError` for an unknown name, rows that cannot be read or had, or if lm-eval is not installed.
     """
+    names = list(dict.fromkeys(names))
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
         raise QuipError(f"unknown task {', '.join(unknown)!r}: choose of {', '.join(TASKS)}")
@@ -157,7 +158,7 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> list[dict]:
-    """Rows of `task`, `metric`, `value`, `stderr` (None for one document), `documents` and `source`, by lm-eval's own code.
+    """Rows of `task`, `metric`, `value`, `stderr` (None for one document), `documents`, `source`; all by lm-eval.
 
     `limit`: only so many documents of each task, the first ones. The standard error of a perplexity is that of its
     logarithm times the perplexity (first order); lm-eval's, from 100,000 bootstrap samples, takes minutes and differs
