@@ -63,10 +63,13 @@ class Bench:
         """
         for run in runs:
             wanted = self.describe(run)
-            row = find(wanted, recorded(out)) or find(wanted, *(recorded(p) for p in sorted(out.parent.glob("*.json"))))
-            row = {**(row or self.measure(run, wanted)), "variant": wanted["variant"]}
-            kept = [x for x in recorded(out) if key(x) != key(row) or x["variant"] != row["variant"]]
-            write_record(out, {"about": {"command": "python -m quip.results NAME"}, "rows": [*kept, row]}, quiet=True)
+            mine = recorded(out)
+            row = next((x for x in mine if key(x) == key(wanted) and x["variant"] == wanted["variant"]), None)
+            if row is None:
+                others = (recorded(path) for path in sorted(out.parent.glob("*.json")))
+                row = find(wanted, mine, *others) or self.measure(run, wanted)
+                row = {**row, "variant": wanted["variant"]}
+                write_record(out, {"rows": [*recorded(out), row]}, quiet=True)
             yield row
 
     def describe(self, run: Run | None) -> dict:
@@ -126,14 +129,16 @@ class Bench:
 
 @torch.no_grad()
 def written_by(model: PreTrainedModel, samples: int, seq_len: int, seed: int, batch: int = 16) -> torch.Tensor:
-    """Token ids `(samples, seq_len)` drawn from the model itself, token by token, each text after its first token."""
+    """Token ids `(samples, seq_len)` drawn from the model itself, token by token.
+
+    A text begins with the model's own first token, or with any token if it has none.
+    """
     torch.manual_seed(seed)
-    first = model.config.bos_token_id
-    if first is None:
-        raise QuipError("this model has no token to begin a text with, so it cannot write its own calibration text")
-    texts = []
+    bos, texts = model.config.bos_token_id, []
     for begin in range(0, samples, batch):
-        start = torch.full((min(batch, samples - begin), 1), first, device=model.device)
+        count = min(batch, samples - begin)
+        start = torch.randint(model.config.vocab_size, (count, 1)) if bos is None else torch.full((count, 1), bos)
+        start = start.to(model.device)
         texts.append(
             model.generate(
                 start,
