@@ -182,8 +182,10 @@ const start = (root) => {
   root.querySelector(".maps").after(scale);
 
   const plot = root.querySelector(".histogram");
+  let drawnAt = 0;
   const histogram = (results) => {
-    const [width, height, left, bottom, top] = [Math.max(plot.clientWidth, 280), 190, 46, 40, 8];
+    drawnAt = plot.clientWidth;
+    const [width, height, left, bottom, top] = [Math.max(drawnAt, 280), 190, 46, 40, 8];
     const right = Math.max(8, Math.ceil(results[0].mu), Math.ceil(results[1].mu));
     const bins = 4 * right;
     const x = (size) => left + (size / right) * (width - left - 12);
@@ -218,7 +220,7 @@ const start = (root) => {
     const settings = {};
     for (const [name, { input, output }] of Object.entries(sliders)) {
       settings[name] = Number(input.value);
-      output.textContent = name === "size" ? `${input.value}, columns × ${Math.max(settings.size / 3, 1).toFixed(1)}` : input.value;
+      output.textContent = name === "size" ? `${input.value}, columns ${Math.max(settings.size / 3, 1).toFixed(1)}` : input.value;
     }
     permute.disabled = !on.checked;
     const W = outliers(setup, settings, seeds.matrix);
@@ -232,5 +234,6 @@ const start = (root) => {
   };
   controls.addEventListener("input", draw);
   draw();
-  new ResizeObserver(() => histogram(results)).observe(plot);
+  // In the next frame: drawing may change the size of what is observed.
+  new ResizeObserver(() => requestAnimationFrame(() => plot.clientWidth !== drawnAt && histogram(results))).observe(plot);
 };

@@ -35,6 +35,7 @@ const start = (root) => {
   let axis = first;
   let points = [];
   let current = null;
+  let drawnAt = 0;
   const plot = root.querySelector(".plot");
   const read = root.querySelector(".read");
   const controls = root.querySelector(".controls");
@@ -115,7 +116,8 @@ const start = (root) => {
   };
 
   const draw = () => {
-    const width = Math.max(plot.clientWidth, 280);
+    drawnAt = plot.clientWidth;
+    const width = Math.max(drawnAt, 280);
     const height = Math.min(420, Math.max(300, width * 0.62));
     const [left, bottom, top, right] = [58, 46, 14, 16];
     const keep = current && current.row;
@@ -194,5 +196,7 @@ const start = (root) => {
   );
   choice("Axis", buttons);
   root.querySelector("details").open = false;
-  new ResizeObserver(draw).observe(plot);
+  draw();
+  // In the next frame: drawing changes the height of what is observed.
+  new ResizeObserver(() => requestAnimationFrame(() => plot.clientWidth !== drawnAt && draw())).observe(plot);
 };

@@ -45,5 +45,6 @@ const start = (root) => {
     form.addEventListener("submit", (event) => event.preventDefault());
     question.replaceChildren(form);
   }
+  count();
   root.append(score);
 };
