@@ -140,7 +140,9 @@ def add_choices(p: argparse._ArgumentGroup) -> None:
         "--rescale", action=on_or_off, help="rescale the columns of W by the fourth root of diag(H)/diag(WᵀW)"
     )
     p.add_argument("--order", action=on_or_off, help="round the columns of largest diag(H) first")
-    p.add_argument("--range", dest="rho", metavar="RHO", help="the grid's half width in RMS of the weights, or search")
+    p.add_argument(
+        "--range", dest="rho", metavar="RHO", help="the grid's half width in RMS of the weights, search, or max"
+    )
     p.add_argument("--pre-clamp", action=on_or_off, help="clamp W to the grid before it is rounded")
     p.add_argument("--alpha", type=float, help="damping, as a share of the centre of diag(H)")
     p.add_argument("--center", metavar="KIND", help="of diag(H): mean or median")
@@ -152,11 +154,11 @@ CHOICES = ("method", "passes", "incoherence", "permute", "rescale", "order", "rh
 def given_choices(args: argparse.Namespace) -> dict:
     """The options of `add_choices` that were given, by name."""
     changes = {key: getattr(args, key) for key in CHOICES if getattr(args, key) is not None}
-    if changes.get("rho", "search") != "search":
+    if changes.get("rho", "search") not in ("search", "max"):
         try:
             changes["rho"] = float(changes["rho"])
         except ValueError:
-            raise QuipError(f"--range must be a number or search, got {changes['rho']!r}") from None
+            raise QuipError(f"--range must be a number, search or max, got {changes['rho']!r}") from None
     return changes
 
 
