@@ -169,7 +169,7 @@ def run_tasks(
 
     `limit`: only so many documents of each task, the first ones. Log-likelihoods are in the model's own type, as in
     lm-eval: those of a bfloat16 model have three digits. The standard error of a perplexity is that of its logarithm
-    times the perplexity (first order), where lm-eval draws 100,000 bootstrap samples, for minutes. Nothing is random.
+    times the perplexity (first order), where lm-eval draws 100,000 bootstrap samples in a pool of processes.
     Raises `QuipError` for a size below 1, and if the model's output is NaN or its perplexity no float.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
