@@ -91,7 +91,8 @@ def quantize_cost(args: argparse.Namespace, bits: int, out: Path) -> dict:
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise QuipError(f"quip quantize failed: {message.strip().splitlines()[-1]}")
+        reason = message.strip().splitlines()[-1].removeprefix("quip: error: ")
+        raise QuipError(f"quip quantize failed: {reason}")
     seconds, totals = time.perf_counter() - start, checkpoint_info(out)["totals"]
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     row = {"model": short_name(args.model), "bits": bits, "tokens": args.samples * args.seq_len, "seconds": seconds}
