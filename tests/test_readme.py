@@ -1,6 +1,7 @@
 """The README and its neighbours: code runs, tables are those of the records, files and targets that they name exist."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -59,6 +60,29 @@ def test_a_changed_figure_would_be_noticed():
     rows = tool.chosen()
     parts = {"measured: models": tool.model_table(rows), "measured: speed": tool.speed_table()}
     assert tool.filled(changed, parts) == README
+
+
+def test_a_better_record_takes_the_place_of_another(tmp_path, monkeypatch):
+    tool = readme_tool()
+    old = tool.chosen()
+    for path in tool.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    row = {"model": "smollm2", "evaluation": {"wikitext2 (test.jsonl)": 10**9}, "command": "x"}
+    rows = [row | {"variant": "16 bits", "bits": 16, "perplexity": {"wikitext2 (test.jsonl)": 20.0}}]
+    row |= {"calibration": {"text": "c4", "samples": 64, "seq_len": 1024}, "file_bytes": 1e6, "bits_per_weight": 2.5}
+    for variant, factor in {"default": 1, "ldlq-rg": 10}.items():
+        for bits in tool.WIDTHS:
+            rows.append(
+                row | {"variant": variant, "bits": bits, "perplexity": {"wikitext2 (test.jsonl)": factor * 30.0}}
+            )
+    (tmp_path / "methods.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    new = tool.chosen()
+    assert new.keys() == old.keys()
+    assert {row["ppl"] for row in new.values()} == {20.0, 30.0, 300.0}
+    assert "| 2 bits | 2.500 | 1.0 MB | 30.0 |" in tool.model_table(new)
+    assert "65,536 tokens of C4" in tool.model_table(new)
+    assert "300.0" in tool.picture(new)
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -64,13 +64,13 @@ def model_table(rows: dict[tuple[str, int], dict]) -> str:
         "| | bits per quantized weight, all counted | weight files | perplexity | tokens a second |",
         "|---|---|---|---|---|",
     ]
+    sizes = {row["bits"]: row for row in record("sizes")["sizes"]}
     for bits in (16, *WIDTHS):
-        row = rows["16 bits" if bits == 16 else "default", bits]
-        each = f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else "16" if bits == 16 else "–"
-        size = row.get("file_bytes") or (2 * row.get("parameters", 0) if bits == 16 else 0)
-        size = f"{size / 1e6:.1f} MB" if size else "–"
+        row = sizes[bits] | rows["16 bits" if bits == 16 else "default", bits]
+        each = f"{row['bits_per_weight']:.3f}" if bits < 16 else "16"
         rate = rates.get(MODEL if bits == 16 else f"{bits} bits")
-        lines.append(f"| {bits} bits | {each} | {size} | {row['ppl']:.1f} | {f'{rate:.0f}' if rate else '–'} |")
+        shown = f"{rate:.0f}" if rate else "–"
+        lines.append(f"| {bits} bits | {each} | {row['file_bytes'] / 1e6:.1f} MB | {row['ppl']:.1f} | {shown} |")
     example = rows["default", 2]
     return "\n".join(lines) + (
         f"\n\nSmolLM2-135M-Instruct, calibrated on {example['calibrated']:,} tokens of C4; perplexity (lower is better)"
