@@ -16,7 +16,10 @@ from quip.errors import QuipError
 
 
 def lambada_row(row: dict) -> dict:
-    """lm-eval splits the text at its last space again, so the continuation must be one word."""
+    """The hub's columns of a row of LAMBADA: `text`, or `context` and `continuation`, a last word without its space.
+
+    lm-eval's definition cuts the text at its last space again, so the continuation must be one word, else `ValueError`.
+    """
     if "text" in row:
         return {"text": row["text"]}
     if not row["continuation"] or " " in row["continuation"]:
@@ -25,12 +28,15 @@ def lambada_row(row: dict) -> dict:
 
 
 def piqa_row(row: dict) -> dict:
+    """The hub's columns of a row of PIQA: `goal`, `sol1`, `sol2` and `label`, else `KeyError` or `ValueError`."""
     if row["label"] not in (0, 1):
         raise ValueError("the label is neither 0 nor 1")
     return {key: row[key] for key in ("goal", "sol1", "sol2", "label")}
 
 
 def arc_row(row: dict) -> dict:
+    """The hub's columns of a row of ARC: `question`, and `choices` of `text` and `label` with an `answerKey`, or a list
+    of `choices` with `gold`, the index of the right one; else `KeyError` or `ValueError`."""
     if "answerKey" in row:
         texts, labels, answer = row["choices"]["text"], row["choices"]["label"], row["answerKey"]
     else:
@@ -53,7 +59,7 @@ TASKS: dict[str, tuple[str, str, Callable[[dict], dict]]] = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """lm-eval's task, an `lm_eval.api.task.ConfigurableTask`, and where its rows came from, in one line."""
+    """A task: lm-eval's own object (`lm_eval.api.task.ConfigurableTask`), and where its rows came from, in one line."""
 
     name: str
     task: object
@@ -75,8 +81,9 @@ def evaluate_tasks(
 def load_tasks(names: Sequence[str], data: str | Path | None = None) -> list[Loaded]:
     """The tasks of these names (of `TASKS`) as lm-eval defines them, with local rows if there are any, else the hub's.
 
-    `data`: a folder that may have a `zeroshot/piqa_valid.jsonl`, …; the one in QUIP_DATA if not given. Raises
-    `QuipError` for an unknown name, rows that cannot be read or had, or if lm-eval is not installed.
+    `data`: a folder that may have a `zeroshot/piqa_valid.jsonl`, …, of rows that `piqa_row`, … take; the one in the
+    variable QUIP_DATA if not given. Raises `QuipError` for an unknown name, rows that cannot be read or had, or if
+    lm-eval is missing.
     """
     names = list(dict.fromkeys(names))
     unknown = [name for name in names if name not in TASKS]

@@ -186,6 +186,36 @@ def test_generate(arguments, tmp_path, monkeypatch):
     assert all(r["tokens_per_s"] > 0 for r in record["rows"])
 
 
+def test_cost(arguments, tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    main(["cost", *arguments, "--bits", "3", "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    (row,) = record["rows"]
+    assert str(tmp_path) not in json.dumps(record)
+    assert row["model"] == "model" and row["tokens"] == 8 * 64 and row["seconds"] > 0
+    assert 0.1 < row["peak_gb"] < 8 and 3 < row["bits_per_weight"] < 5 and row["file_bytes"] > 0
+    with pytest.raises(SystemExit):
+        main(["cost", *arguments, "--samples", "99999", "--bits", "3", "--out", str(out)])
+    assert "quip quantize failed: text too short" in capsys.readouterr().err
+    assert json.loads(out.read_text(encoding="utf-8")) == record
+
+
+def test_zeroshot(whole, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "texts" / "zeroshot").mkdir()
+    rows = [{"goal": f"open {i}", "sol1": "a door", "sol2": "no door", "label": i % 2} for i in range(6)]
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "texts" / "zeroshot" / "piqa_valid.jsonl").write_text(text, encoding="utf-8")
+    command = whole("zeroshot", "--bits", "2", "--variants", "default", "--tasks", "piqa", "--limit", "4")
+    main(command)
+    plain, quantized = rows_of(command)
+    for row in (plain, quantized):
+        assert row["tasks"] == {"sources": ["zeroshot/piqa_valid.jsonl"], "limit": 4} and row["perplexity"] == {}
+        assert {x["metric"] for x in row["accuracy"]} == {"acc", "acc_norm"}
+        assert all(x["documents"] == 4 and 0 <= x["value"] <= 1 for x in row["accuracy"])
+    assert quantized["mean_loss"] > 0
+
+
 def test_bad_input_is_one_line(arguments, tmp_path, capsys):
     for wrong, message in (
         (["example-layers", *arguments, "--out", str(tmp_path / "x")], "has no layer model.layers.10.self_attn.q_proj"),

@@ -88,7 +88,12 @@ def seeds(args: argparse.Namespace) -> list[Run]:
     return [replace(run, variant=f"seed {seed}", seed=seed) for seed in five for run in varied(args, {"": {}})]
 
 
-EXPERIMENTS = {f.__name__: f for f in (methods, incoherence, passes, calibration, seeds)}
+def zeroshot(args: argparse.Namespace) -> list[Run]:
+    """Zero-shot tasks: the default, and the published setting"""
+    return varied(args, {name: METHODS[name] for name in ("default", "published")})
+
+
+EXPERIMENTS = {f.__name__: f for f in (methods, incoherence, passes, calibration, seeds, zeroshot)}
 
 
 def select(runs: Iterable[Run], variants: list[str] | None) -> Iterator[Run]:
