@@ -34,7 +34,7 @@ const start = (root) => {
   }
   const cache = make("div", {}, make("label", {}, cached, " with a KV cache"), tokens.label);
   cache.append(make("label", {}, shared, " eight heads share a key and a value"));
-  root.querySelector(".controls").append(make("div", {}, weights.label, presets), bits.label, cache);
+  root.querySelector(".controls").append(make("div", {}, weights.label, presets), make("div", {}, bits.label, cache));
 
   const most = Math.max(...gpus.map(([memory]) => memory));
   const svg = (tag, props) => {
