@@ -36,6 +36,7 @@ const start = (root) => {
   cache.append(make("label", {}, shared, " eight heads share a key and a value"));
   root.querySelector(".controls").append(make("div", {}, weights.label, presets), make("div", {}, bits.label, cache));
 
+  root.querySelector("thead .bar").textContent = "memory";
   const most = Math.max(...gpus.map(([memory]) => memory));
   const svg = (tag, props) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
