@@ -1,6 +1,7 @@
 """Recorded experiments, on a tiny model."""
 
 import argparse
+import copy
 import json
 import math
 from functools import partial
@@ -17,6 +18,7 @@ from quip.results import runs
 from quip.results import whole as whole_models
 from quip.results.command import main
 from quip.results.defaults import VARIANTS
+from quip.results.rows import quantize_rows
 
 
 @pytest.fixture
@@ -186,6 +188,36 @@ def test_generate(arguments, tmp_path, monkeypatch):
     assert all(r["tokens_per_s"] > 0 for r in record["rows"])
 
 
+def test_cost(arguments, tmp_path, capsys):
+    out = tmp_path / "cost.json"
+    main(["cost", *arguments, "--bits", "3", "--out", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    (row,) = record["rows"]
+    assert str(tmp_path) not in json.dumps(record)
+    assert row["model"] == "model" and row["tokens"] == 8 * 64 and row["seconds"] > 0
+    assert 0.1 < row["peak_gb"] < 8 and 3 < row["bits_per_weight"] < 5 and row["file_bytes"] > 0
+    with pytest.raises(SystemExit):
+        main(["cost", *arguments, "--samples", "99999", "--bits", "3", "--out", str(out)])
+    assert "quip quantize failed: text too short" in capsys.readouterr().err
+    assert json.loads(out.read_text(encoding="utf-8")) == record
+
+
+def test_zeroshot(whole, tmp_path):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "texts" / "zeroshot").mkdir()
+    rows = [{"goal": f"open {i}", "sol1": "a door", "sol2": "no door", "label": i % 2} for i in range(6)]
+    text = "\n".join(map(json.dumps, rows))
+    (tmp_path / "texts" / "zeroshot" / "piqa_valid.jsonl").write_text(text, encoding="utf-8")
+    command = whole("zeroshot", "--bits", "2", "--variants", "default", "--tasks", "piqa", "--limit", "4")
+    main(command)
+    plain, quantized = rows_of(command)
+    for row in (plain, quantized):
+        assert row["tasks"] == {"sources": ["zeroshot/piqa_valid.jsonl"], "limit": 4} and row["perplexity"] == {}
+        assert {x["metric"] for x in row["accuracy"]} == {"acc", "acc_norm"}
+        assert all(x["documents"] == 4 and 0 <= x["value"] <= 1 for x in row["accuracy"])
+    assert quantized["mean_loss"] > 0
+
+
 def test_bad_input_is_one_line(arguments, tmp_path, capsys):
     for wrong, message in (
         (["example-layers", *arguments, "--out", str(tmp_path / "x")], "has no layer model.layers.10.self_attn.q_proj"),
@@ -198,3 +230,26 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys):
         assert stop.value.code == 2
         assert captured.err.splitlines()[-1].startswith("quip: error:") and message in captured.err
     assert not (tmp_path / "x").exists()
+
+
+def test_scales_of_rows(model_folder):
+    model, _ = load_model(str(model_folder))
+    exact = copy.deepcopy(model)
+    with torch.no_grad():  # rows of very different sizes: one scale for all would round the small ones to nothing
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p *= torch.logspace(-2, 0, len(p))[:, None]
+    before = copy.deepcopy(model)
+    samples = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
+    reports = quantize_rows(model, samples, 3, method="near", incoherence="none")
+    assert len(reports) == 14 and all(x["bits_per_weight"] > 3 for x in reports.values())
+    for name, p in model.named_parameters():
+        W = before.get_parameter(name)
+        if "proj" not in name:
+            assert torch.equal(p, W)
+            continue
+        assert all(len(row.unique()) <= 8 for row in p)
+        error = (p - W).norm(dim=1) / W.norm(dim=1)
+        assert error.min() > 0 and error.max() < 0.35, "every row has a grid of its own size"
+    plain = quantize_rows(exact, samples, 3, method="ldlq", incoherence="none")
+    assert plain.keys() == reports.keys()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import quip.results
+from quip import tasks
 from quip.cli import fail, quiet_transformers, show_own_warnings
 from quip.errors import QuipError
 from quip.results import defaults, hessians, runs, speed, whole
@@ -21,6 +22,7 @@ EXPERIMENTS = {
     "generate": speed.run_generate,
     "cuda": speed.run_cuda,
     "needs": speed.run_needs,
+    "cost": speed.run_cost,
 }
 
 
@@ -56,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--eval", nargs="+", default=["wikitext2", "c4"], metavar="DATA", help="(default: wikitext2 c4)")
     p.add_argument("--max-tokens", type=int, default=12288, help="of each text (default: 12288)")
     p.add_argument("--eval-len", type=int, default=2048, help="tokens in a window (default: 2048, or as many as fit)")
+    p = parser.add_argument_group("of zeroshot")
+    p.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), metavar="TASK", help=f"({', '.join(tasks.TASKS)})")
+    p.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     p = parser.add_argument_group("of defaults")
     p.add_argument("--every", type=int, default=5, metavar="N", help="one block in N (default: 5)")
     return parser

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import torch
 
 from quip import bench, bench_cuda, cpu, models, needs
 from quip.cli import ProgressBar, print_rows
-from quip.results.record import calibrated, provenance, write_record
+from quip.errors import QuipError
+from quip.info import checkpoint_info
+from quip.results.record import calibrated, provenance, short_name, write_record
 
 
 def run_kernels(args: argparse.Namespace) -> None:
@@ -57,3 +65,36 @@ def run_needs(args: argparse.Namespace) -> None:
     parts = needs.measure_parts(4096)
     rows = [{"model": name, "bits": 2, **needs.needs(shapes, parts)} for name, shapes in needs.MODELS.items()]
     write_record(args.out or "book/results/needs.json", {"about": about, "parts": parts, "rows": rows})
+
+
+def run_cost(args: argparse.Namespace) -> None:
+    """Time and memory of quip quantize at each of --bits, as a process of its own, and the size of the result"""
+    about = {"command": args.command, **provenance(torch.device("cpu")), "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(print_rows(quantize_cost(args, bits, Path(folder, str(bits))) for bits in args.bits))
+    write_record(args.out or "book/results/cost.json", {"about": about, "rows": rows})
+
+
+def quantize_cost(args: argparse.Namespace, bits: int, out: Path) -> dict:
+    """Seconds, and peak memory of the process in GB, of one `quip quantize`; what its checkpoint holds."""
+    options = {"bits": bits, "calib": args.calib, "samples": args.samples, "seq-len": args.seq_len, "seed": args.seed}
+    command = [sys.executable, "-m", "quip", "quantize", args.model, str(out)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, *(f"--{key}={value}" for key, value in options.items())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process.stderr:
+        message = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        reason = message.strip().splitlines()[-1].removeprefix("quip: error: ")
+        raise QuipError(f"quip quantize failed: {reason}")
+    seconds, totals = time.perf_counter() - start, checkpoint_info(out)["totals"]
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    row = {"model": short_name(args.model), "bits": bits, "tokens": args.samples * args.seq_len, "seconds": seconds}
+    sizes = {key: totals[key] for key in ("bits_per_weight", "file_bytes", "quantized_weights")}
+    return {**row, "peak_gb": used.ru_maxrss * unit / 1e9, **sizes}

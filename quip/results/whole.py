@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from quip import checkpoint, data, evaluate, models
+from quip import checkpoint, data, evaluate, models, tasks
 from quip.cli import ProgressBar, pick_device, print_rows
 from quip.errors import QuipError
 from quip.info import checkpoint_info, mean_loss
 from quip.loading import load_model
 from quip.methods import choose
 from quip.results.record import provenance, short_name, write_record
+from quip.results.rows import quantize_rows
 from quip.results.runs import SELF, Run, select
 
 
@@ -30,7 +31,7 @@ def experiment(name: str, runs_of: Callable[[argparse.Namespace], list[Run]]) ->
         chosen = list(select(runs_of(args), args.variants))
         if not chosen:
             raise QuipError(f"unknown variant: there are {', '.join(dict.fromkeys(x.variant for x in runs_of(args)))}")
-        bench = Bench(args)
+        bench = Bench(args, name == "zeroshot")
         out = Path(args.out or f"book/results/{name}.json")
         for _ in print_rows(shown(row) for row in bench.rows([None, *chosen], out)):
             pass
@@ -41,18 +42,21 @@ def experiment(name: str, runs_of: Callable[[argparse.Namespace], list[Run]]) ->
 
 def shown(row: dict) -> dict:
     """What of a row is worth a line on the screen."""
-    return {"model": row["model"], "variant": row["variant"], "bits": row["bits"], **row["perplexity"]}
+    accuracy = {f"{x['task']} {x['metric']}": x["value"] for x in row.get("accuracy", ())}
+    return {"model": row["model"], "variant": row["variant"], "bits": row["bits"], **row["perplexity"], **accuracy}
 
 
 class Bench:
-    """A model, and the texts on which every quantized copy of it is measured."""
+    """A model, and the texts, or else the zero-shot tasks, on which every quantized copy of it is measured."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, zeroshot: bool = False):
         dtype = getattr(torch, args.dtype) if args.dtype else None
         self.name, self.command = short_name(args.model), args.command
         self.model, self.tokenizer = load_model(args.model, pick_device(args.device), dtype)
         self.window = min(args.eval_len, getattr(self.model.config, "max_position_embeddings", args.eval_len))
-        texts = [data.load_text(name, "evaluation") for name in args.eval]
+        self.tasks = tasks.load_tasks(args.tasks) if zeroshot else []
+        self.limit = args.limit
+        texts = [] if zeroshot else [data.load_text(name, "evaluation") for name in args.eval]
         self.texts = {text.source: data.tokenize(self.tokenizer, text)[: args.max_tokens] for text in texts}
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
@@ -83,11 +87,14 @@ class Bench:
             "evaluation": {source: len(ids) // self.window * self.window for source, ids in self.texts.items()},
             "window": self.window,
         }
+        if self.tasks:
+            row["tasks"] = {"sources": [task.source for task in self.tasks], "limit": self.limit}
         if run:
             source = SELF if run.calib == SELF else data.load_text(run.calib, "calibration").source
             row["calibration"] = {"text": source, "samples": run.samples, "seq_len": run.seq_len}
             row["seed"] = run.seed
             row["choices"] = choose(**run.changes)
+            row["scales"] = "rows" if run.rows else "matrix"
         return row
 
     def measure(self, run: Run | None, wanted: dict) -> dict:
@@ -95,12 +102,14 @@ class Bench:
         copied, more = copy.deepcopy(self.model), {}
         if run:
             samples = self.samples(run)
-            start = time.perf_counter()
-            reports = models.quantize_model(copied, samples, run.bits, run.seed, progress=ProgressBar(), **run.changes)
+            start, quantize = time.perf_counter(), quantize_rows if run.rows else models.quantize_model
+            reports = quantize(copied, samples, run.bits, run.seed, progress=ProgressBar(), **run.changes)
             more["seconds"] = round(time.perf_counter() - start)
             more["mean_loss"] = mean_loss(reports)
-            more |= self.sizes(copied, reports)
+            more |= {} if run.rows else self.sizes(copied, reports)
         more["perplexity"] = {source: self.perplexity(copied, ids) for source, ids in self.texts.items()}
+        if self.tasks:
+            more["accuracy"] = tasks.run_tasks(copied, self.tokenizer, self.tasks, self.limit)
         return {**wanted, **more, "command": self.command, **provenance(self.model.device)}
 
     def samples(self, run: Run) -> torch.Tensor:
@@ -154,7 +163,7 @@ def written_by(model: PreTrainedModel, samples: int, seq_len: int, seed: int, ba
     return torch.cat(texts)
 
 
-KEY = ("model", "bits", "dtype", "evaluation", "window", "calibration", "seed", "choices")
+KEY = ("model", "bits", "dtype", "evaluation", "window", "calibration", "seed", "choices", "scales", "tasks")
 
 
 def key(row: dict) -> list:
