@@ -107,12 +107,12 @@ def test_quiz(page):
     )
     states, types, legends, folded = seen
     assert states == [
-        ["", "", "", "", "", "0 of 2 answered, 0 at the first try."],
-        ["No. not <a>", "", "", "", "", "0 of 2 answered, 0 at the first try."],
-        ["", "Right. so b", "", "", "", "1 of 2 answered, 0 at the first try."],
-        ["", "Right. so b", "Right. so c", "", "", "1 of 2 answered, 0 at the first try."],
-        ["", "Right. so b", "Right. so c", "", "Right. so e", "2 of 2 answered, 1 at the first try."],
-        ["", "Right. so b", "Right. so c", "No. not d", "Right. so e", "2 of 2 answered, 1 at the first try."],
+        ["", "", "", "", "", "0 of 2 answered right, 0 at the first try."],
+        ["No. not <a>", "", "", "", "", "0 of 2 answered right, 0 at the first try."],
+        ["", "Right. so b", "", "", "", "1 of 2 answered right, 0 at the first try."],
+        ["", "Right. so b", "Right. so c", "", "", "1 of 2 answered right, 0 at the first try."],
+        ["", "Right. so b", "Right. so c", "", "Right. so e", "2 of 2 answered right, 1 at the first try."],
+        ["", "Right. so b", "Right. so c", "No. not d", "Right. so e", "2 of 2 answered right, 1 at the first try."],
     ]
     assert types == ["radio"] * 2 + ["checkbox"] * 3
     assert legends == ["one right?", "two right? (2 are right)"]

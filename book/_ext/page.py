@@ -1,7 +1,8 @@
 """Sphinx extension: what every page needs, whoever wrote it.
 
-Search engines and shared links show a description, so a page gets one: its first paragraph, without formulas. And a
-browser may break a line between a formula and the comma behind it, so the two are kept together.
+Search engines and shared links show a description, so a page gets one: its first paragraph. A browser may break a line
+between a formula and the comma behind it, so the two are kept together. And Jupyter Book puts Thebe into every page,
+which runs code on a server far away and declares its constants twice, an error; it is taken out.
 """
 
 import re
@@ -14,10 +15,9 @@ LONGEST = 300  # characters of a description
 
 
 def description(doctree: nodes.document) -> str:
-    """The text of the first paragraph that is not only a formula, cut at a word."""
+    """The text of the first paragraph of some length, cut at a word."""
     for paragraph in doctree.findall(nodes.paragraph):
-        words = "".join(child.astext() for child in paragraph.children).split()
-        text = " ".join(words)
+        text = " ".join(paragraph.astext().split())
         if len(text) > 40:
             return text if len(text) <= LONGEST else text[:LONGEST].rpartition(" ")[0] + " …"
     return ""
@@ -39,7 +39,14 @@ def keep_together(app, doctree) -> None:
         together += [formula, nodes.Text(mark[0])]
 
 
+def leave_out_thebe(app, config) -> None:
+    for listener in [listener for listeners in app.events.listeners.values() for listener in listeners]:
+        if listener.handler.__module__ == "sphinx_thebe":
+            app.disconnect(listener.id)
+
+
 def setup(app) -> dict:
+    app.connect("config-inited", leave_out_thebe)
     app.connect("doctree-read", keep_together)
     app.connect("html-page-context", add_description)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

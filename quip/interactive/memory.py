@@ -47,7 +47,7 @@ def memory_wall(
         )
     body = (
         f"<div class=controls></div>\n<p class=sum role=status>{weights / 1e9:g} billion weights of {bits} bits take "
-        f"{size:.1f} GB.</p>\n<table><thead><tr><th scope=col>GPU</th><th scope=col class=bar>memory</th>"
+        f"{size:.1f} GB.</p>\n<table><thead><tr><th scope=col>GPU</th><th scope=col class=bar></th>"
         "<th scope=col class=n>GB left</th><th scope=col class=n>tokens/s, at most</th></tr></thead>\n<tbody>\n"
     )
     shape = {"perLayer": WIDTH_PER_LAYER, "cacheBytes": CACHE_BYTES}

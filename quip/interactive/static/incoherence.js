@@ -152,7 +152,7 @@ const start = (root) => {
   };
   const [on, onLabel] = check("transform");
   const [permute, permuteLabel] = check("with its permutation");
-  controls.append(make("div", { className: "row" }, onLabel, permuteLabel, another("matrix"), another("transform")));
+  controls.append(make("div", { className: "switches" }, onLabel, permuteLabel, another("matrix"), another("transform")));
 
   // Dark to bright, in even steps of lightness, so that it also reads in grey.
   const stops = [[13, 8, 35], [74, 28, 98], [150, 46, 96], [222, 94, 62], [249, 168, 58], [252, 246, 190]];

@@ -34,8 +34,9 @@ const start = (root) => {
   }
   const cache = make("div", {}, make("label", {}, cached, " with a KV cache"), tokens.label);
   cache.append(make("label", {}, shared, " eight heads share a key and a value"));
-  root.querySelector(".controls").append(make("div", {}, weights.label, presets), bits.label, cache);
+  root.querySelector(".controls").append(make("div", {}, weights.label, presets), make("div", {}, bits.label, cache));
 
+  root.querySelector("thead .bar").textContent = "memory";
   const most = Math.max(...gpus.map(([memory]) => memory));
   const svg = (tag, props) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -9,7 +9,7 @@ const start = (root) => {
   const count = () => {
     const done = results.filter((result) => result.found);
     const first = done.filter((result) => !result.missed).length;
-    score.textContent = `${done.length} of ${results.length} answered, ${first} at the first try.`;
+    score.textContent = `${done.length} of ${results.length} answered right, ${first} at the first try.`;
   };
 
   for (const question of root.querySelectorAll(".question")) {
