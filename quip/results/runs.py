@@ -45,6 +45,8 @@ STEPS = {
     "rescale + transform": {**PLAIN, "rescale": True},
     "rescale + transform + range": {"preset": "paper"},
     "transform + range searched": {**PLAIN, "rho": "search"},
+    "default": {},
+    "default, rescaled": {"rescale": True},
 }
 
 
