@@ -3,7 +3,9 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from hypothesis import given
@@ -287,3 +289,28 @@ def test_error_of_gaussian_weights_is_that_of_four_levels():
 def test_incoherence_refuses(change):
     with pytest.raises(QuipError, match=f"{next(iter(change))} must be an integer of"):
         incoherence_lab(**change)
+
+
+# The chapters
+
+CHAPTERS = sorted((Path(__file__).resolve().parent.parent / "book").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_every_chapter_ends_with_a_quiz(path):
+    title, cell = nbformat.read(path, as_version=4).cells[-2:]
+    assert title.source == "## Quiz"
+    # The page shows the questions, not the cell that holds the answers; Colab and Jupyter fold it.
+    assert "remove-input" in cell.metadata.tags
+    assert cell.metadata.cellView == "form" and cell.source.startswith("# @title")
+    assert cell.metadata.jupyter.source_hidden
+    assert 3 <= cell.outputs[0].data["text/html"].count("<li class=question>") <= 5
+
+
+@pytest.mark.parametrize(("chapter", "kind"), [("intro", "memory"), ("04_incoherence", "incoherence")])
+def test_simulations_are_in_their_chapters(chapter, kind):
+    cells = nbformat.read(CHAPTERS[0].parent / f"{chapter}.ipynb", as_version=4).cells
+    outputs = [
+        output.data.get("text/html", "") for cell in cells for output in cell.get("outputs", []) if "data" in output
+    ]
+    assert sum(f'data-quip="{kind}"' in html for html in outputs) == 1

@@ -17,8 +17,7 @@ const start = (root) => {
   // The slider of the number of weights is logarithmic.
   const weights = slider("Weights", 8, 12, 0.01, Math.log10(first));
   const bits = slider("Bits per weight", 1, 16, 1, width);
-  const tokens = slider("Tokens in the text", 10, 17, 1, 13);
-  const cached = make("input", { type: "checkbox" });
+  const tokens = slider("Tokens in the KV cache", 0, 8, 1, 0);
   const shared = make("input", { type: "checkbox" });
   let chosen = first;
   const presets = make("div", { className: "presets" });
@@ -32,9 +31,8 @@ const start = (root) => {
     });
     presets.append(button);
   }
-  const cache = make("div", {}, make("label", {}, cached, " with a KV cache"), tokens.label);
-  cache.append(make("label", {}, shared, " eight heads share a key and a value"));
-  root.querySelector(".controls").append(make("div", {}, weights.label, presets), make("div", {}, bits.label, cache));
+  const sharing = make("label", {}, shared, " eight heads share a key and a value");
+  root.querySelector(".controls").append(make("div", {}, weights.label, presets), bits.label, tokens.label, sharing);
 
   root.querySelector("thead .bar").textContent = "memory";
   const most = Math.max(...gpus.map(([memory]) => memory));
@@ -56,21 +54,21 @@ const start = (root) => {
 
   const draw = () => {
     const layers = (chosen / (12 * perLayer ** 2)) ** (1 / 3);
-    const length = 2 ** Number(tokens.input.value);
+    const steps = Number(tokens.input.value);
+    const length = steps && 2 ** (steps + 9);
     const b = Number(bits.input.value);
     const perToken = (2 * cacheBytes * layers * layers * perLayer) / (shared.checked ? 8 : 1);
     const size = (chosen * b) / 8e9;
-    const cacheSize = cached.checked ? (perToken * length) / 1e9 : 0;
+    const cacheSize = (perToken * length) / 1e9;
     const total = size + cacheSize;
     weights.output.textContent = count(chosen);
     weights.input.setAttribute("aria-valuetext", count(chosen));
     bits.output.textContent = b;
     tokens.output.textContent = length;
     tokens.input.setAttribute("aria-valuetext", length);
-    tokens.input.disabled = shared.disabled = !cached.checked;
     const fitting = gpus.filter(([memory]) => total < memory).length;
     let text = `${count(chosen)} weights of ${b} ${b === 1 ? "bit" : "bits"} take ${gigabytes(size)}`;
-    if (cached.checked) text += `, the KV cache another ${gigabytes(cacheSize)}`;
+    if (length) text += `, the KV cache another ${gigabytes(cacheSize)}`;
     text += `. ${fitting === 0 ? "No card here holds" : fitting === gpus.length ? "All cards hold" : `${fitting} of ${gpus.length} cards hold`} that.`;
     root.querySelector(".sum").textContent = text;
     root.querySelectorAll("tbody tr").forEach((row, k) => {

@@ -22,28 +22,26 @@ const start = (root) => {
     if (rights > 1) legend.append(" ", make("span", { className: "soft" }, `(${rights} are right)`));
     const set = make("fieldset", {}, legend);
     // Explanations stand in the page only while they are chosen, so that they are read out when they appear.
+    // Radio buttons without a name are stops of the Tab key: in a group, arrow keys would choose what they pass.
     const entries = choices.map((choice, k) => {
-      const input = make("input", { type, name: "choice" });
+      const input = make("input", { type, autocomplete: "off" });
       const label = make("label", {}, input, make("span", {}, ...choice.childNodes));
       const why = make("div", { className: "why" });
       why.setAttribute("role", "status");
       set.append(label, why);
       return { input, label, why, right: "right" in reasons[k].dataset, text: [...reasons[k].childNodes] };
     });
-    const show = () => {
+    set.addEventListener("change", (event) => {
       for (const { input, label, why, right, text } of entries) {
+        if (type === "radio" && input !== event.target) input.checked = false;
         label.className = input.checked ? (right ? "yes" : "no") : "";
         if (input.checked !== why.hasChildNodes()) why.replaceChildren(...(input.checked ? text : []));
         if (input.checked && !right && !result.found) result.missed = true;
       }
       result.found ||= entries.every(({ input, right }) => input.checked || !right);
       count();
-    };
-    // A form of its own keeps the radio buttons of each question together, and Enter must not send it.
-    const form = make("form", { autocomplete: "off" }, set);
-    form.addEventListener("change", show);
-    form.addEventListener("submit", (event) => event.preventDefault());
-    question.replaceChildren(form);
+    });
+    question.replaceChildren(set);
   }
   count();
   root.append(score);
