@@ -153,6 +153,7 @@ Room &room() {
 
 int quip_prompt(const quip_layer *l, const void *x, void *y, int64_t batch, int64_t threads) try {
     if (&chosen() != &amx_backend) return quip_linear(l, x, y, batch, QUIP_BFLOAT16, threads);
+    if (!batch) return 0;
     const Prompt p(*l, batch, threads);
     Room &r = room();
     r.fit(p, threads);
