@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import QuipError
-from .incoherence import IdentityTransform, KroneckerTransform, make_transform
+from .incoherence import IdentityTransform, KroneckerTransform, make_transform, mu_weights
 from .ldlq import damp_to_definite, ldlq_rounder
 from .proxy import check_hessian, power_of_two, relative_proxy_loss
 
@@ -104,17 +104,20 @@ def round_matrix(
     rounder: Callable[[torch.Tensor], Rounder] = ldlq_rounder,
     refine: Refinement | None = None,
     order: bool = True,
-    rho: float | None = None,
+    rho: float | str | None = None,
     pre_clamp: bool = False,
 ) -> tuple[torch.Tensor, float, float]:
     """Choose the grid and round to it (Algorithm 1, lines 5 and 6, then LDLQ); returns codes `(m, n)` uint8, s and ρ.
 
-    `order`: round the columns of largest diag(H) first, since all later ones can correct them. `rho` None: searched.
-    `pre_clamp`: clamp W to the grid before it is rounded, in the search too. `refine` improves the rounder's codes.
+    `order`: round the columns of largest diag(H) first, since all later ones can correct them. `rho` None: searched;
+    "max": as far as the largest weight. `pre_clamp`: clamp W to the grid before it is rounded, in the search too.
+    `refine` improves the rounder's codes.
     """
     columns = column_order(H, order)
     W, H, maxq = W[:, columns], H[columns][:, columns], 2**bits - 1
     round_ = clamp_first(rounder(H)) if pre_clamp else rounder(H)
+    if rho == "max":
+        rho = mu_weights(W) if W.any() else 1.0
     rho = search_range(W, H, bits, round_) if rho is None else rho
     scale = (rho * W.square().mean().sqrt()).item()  # 0 if W is zero: it then stays zero, whatever its codes
     target = to_grid(W, scale or 1.0, bits)
@@ -168,7 +171,7 @@ def quantize_matrix(
     refine: Refinement | None = None,
     rescale: bool = False,
     order: bool = True,
-    rho: float | None = None,
+    rho: float | str | None = None,
     pre_clamp: bool = False,
     alpha: float = 0.1,
     center: str = "median",

@@ -9,10 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from quip import __version__
 from quip.errors import QuipError
+from quip.tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,11 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_trust(p)
     p.set_defaults(run=run_quantize)
 
-    p = commands.add_parser("eval", help="measure perplexity")
+    p = commands.add_parser("eval", help="measure perplexity, or accuracy on zero-shot tasks")
     p.add_argument("model", help=f"{model}, or a checkpoint")
-    p.add_argument("--data", default="wikitext2", help=f"{data} (default: wikitext2)")
-    p.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (default: 2048)")
+    p.add_argument("--data", help=f"text for perplexity: {data} (default: wikitext2; with --tasks: none)")
+    p.add_argument("--seq-len", type=int, help="tokens in a window (default: 2048)")
     p.add_argument("--max-tokens", type=int, help="read no more than this many tokens")
+    tasks = p.add_argument_group("zero-shot tasks", "as lm-eval has them (pip install 'quip-llm[tasks]')")
+    tasks.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help=f"of {', '.join(TASKS)}, joined by commas; in place of perplexity, or beside it if --data is given",
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="texts at a time (default: 8)")
     p.add_argument("--json", metavar="FILE", help="write the result to FILE")
     p.add_argument("--device", help="cpu, cuda, … (default: cuda if there is one)")
     add_trust(p)
@@ -130,7 +140,9 @@ def add_choices(p: argparse._ArgumentGroup) -> None:
         "--rescale", action=on_or_off, help="rescale the columns of W by the fourth root of diag(H)/diag(WᵀW)"
     )
     p.add_argument("--order", action=on_or_off, help="round the columns of largest diag(H) first")
-    p.add_argument("--range", dest="rho", metavar="RHO", help="the grid's half width in RMS of the weights, or search")
+    p.add_argument(
+        "--range", dest="rho", metavar="RHO", help="the grid's half width in RMS of the weights, search, or max"
+    )
     p.add_argument("--pre-clamp", action=on_or_off, help="clamp W to the grid before it is rounded")
     p.add_argument("--alpha", type=float, help="damping, as a share of the centre of diag(H)")
     p.add_argument("--center", metavar="KIND", help="of diag(H): mean or median")
@@ -142,11 +154,11 @@ CHOICES = ("method", "passes", "incoherence", "permute", "rescale", "order", "rh
 def given_choices(args: argparse.Namespace) -> dict:
     """The options of `add_choices` that were given, by name."""
     changes = {key: getattr(args, key) for key in CHOICES if getattr(args, key) is not None}
-    if changes.get("rho", "search") != "search":
+    if changes.get("rho", "search") not in ("search", "max"):
         try:
             changes["rho"] = float(changes["rho"])
         except ValueError:
-            raise QuipError(f"--range must be a number or search, got {changes['rho']!r}") from None
+            raise QuipError(f"--range must be a number, search or max, got {changes['rho']!r}") from None
     return changes
 
 
@@ -227,19 +239,47 @@ def parse_width(text: str) -> tuple[str, int]:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from quip import data, evaluate, load_model
+    from quip import data, evaluate, load_model, tasks
 
     quiet_transformers()
     device = pick_device(args.device)
-    text = data.load_text(args.data, "evaluation")
-    if args.max_tokens is not None and args.max_tokens < args.seq_len:
-        raise QuipError(f"--max-tokens {args.max_tokens} is less than one window of {args.seq_len}")
+    check_eval(args)
+    text = data.load_text(args.data or "wikitext2", "evaluation") if args.data or args.tasks is None else None
+    loaded = [] if args.tasks is None else tasks.load_tasks([name.strip() for name in args.tasks.split(",")])
     model, tokenizer = load_model(args.model, device, trust_remote_code=args.trust_remote_code)
-    ids = data.tokenize(tokenizer, text)[: args.max_tokens]
-    result = {"model": args.model, "data": text.source, **evaluate.perplexity(model, ids, args.seq_len)}
+    result = {"model": args.model}
+    if text:
+        ids = data.tokenize(tokenizer, text)[: args.max_tokens]
+        result |= {"data": text.source, **evaluate.perplexity(model, ids, args.seq_len)}
+        print(f"perplexity {result['ppl']:.3f} on {result['tokens']} tokens of {text.source}", flush=True)
+    if loaded:
+        rows = tasks.run_tasks(model, tokenizer, loaded, args.limit, args.batch_size)
+        result |= {"tasks": rows, "limit": args.limit, "lm_eval": version("lm-eval")}
+        print_tasks(rows)
     if args.json:
         write_json(args.json, result)
-    print(f"perplexity {result['ppl']:.3f} on {result['tokens']} tokens of {text.source}")
+
+
+def check_eval(args: argparse.Namespace) -> None:
+    """Fill in defaults. Raises `QuipError` for a size out of range, and for an option that nothing would heed."""
+    if args.tasks is None and (args.limit is not None or args.batch_size is not None):
+        raise QuipError("--limit and --batch-size are for --tasks")
+    if args.tasks is not None and not args.data and (args.seq_len is not None or args.max_tokens is not None):
+        raise QuipError("--seq-len and --max-tokens are for perplexity: with --tasks, give its --data as well")
+    args.seq_len = 2048 if args.seq_len is None else args.seq_len
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise QuipError(f"--limit and --batch-size must be at least 1, got {args.limit} and {args.batch_size}")
+    if args.max_tokens is not None and args.max_tokens < args.seq_len:
+        raise QuipError(f"--max-tokens {args.max_tokens} is less than one window of {args.seq_len}")
+
+
+def print_tasks(rows: list[dict]) -> None:
+    """A line for each task and metric."""
+    for row in rows:
+        value, *error = (f"{x:.4f}" if x < 1e4 else f"{x:.4g}" for x in (row["value"], row["stderr"]) if x is not None)
+        where = f"{row['documents']} documents of {row['source']}"
+        print(f"{row['task']:14} {row['metric']:10} {' ± '.join([f'{value:>9}', *error])} on {where}")
 
 
 def run_generate(args: argparse.Namespace) -> None:

@@ -57,9 +57,9 @@ PRESET_METHODS = {"paper": ("ldlq", 0), "default": ("ldlq-rg", 3)}
 def choose(preset: str = "default", method: str | None = None, **changes) -> dict:
     """All choices of a run, by name: those of the preset, with `method` in place of its own, and `changes`.
 
-    Names: method, passes, and the arguments of `quip.algorithm.quantize_matrix` rescale, order, rho (None: searched),
-    pre_clamp, alpha, center, incoherence and permute. A `method` brings its own order and passes; changes that are None
-    count as not given. Raises `QuipError` for a name or a value that does not exist.
+    Names: method, passes, and the arguments of `quip.algorithm.quantize_matrix` rescale, order, rho, pre_clamp, alpha,
+    center, incoherence and permute; "search" as rho is None there. A `method` brings its own order and passes; changes
+    that are None count as not given. Raises `QuipError` for a name or a value that does not exist.
     """
     if preset not in PRESETS:
         raise QuipError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -83,7 +83,9 @@ def check_choices(choices: dict) -> None:
     """Raise `QuipError` for a value out of range, before any work is done."""
     if choices["passes"] < 0:
         raise QuipError(f"passes must be at least 0, got {choices['passes']}")
-    if choices["rho"] is not None and not 0 < choices["rho"] < float("inf"):
+    if isinstance(choices["rho"], str) and choices["rho"] != "max":
+        raise QuipError(f"the range rho must be a number, 'search' or 'max', got {choices['rho']!r}")
+    if isinstance(choices["rho"], float | int) and not 0 < choices["rho"] < float("inf"):
         raise QuipError(f"the range rho must be a positive number, got {choices['rho']}")
     if not 0 <= choices["alpha"] < float("inf"):
         raise QuipError(f"the damping alpha must be a number of at least 0, got {choices['alpha']}")

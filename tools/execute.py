@@ -22,6 +22,7 @@ def execute(path: Path) -> None:
         nb,
         timeout=1200,
         record_timing=False,
+        store_widget_state=False,  # a page with widgets fetches their scripts from the network
         coalesce_streams=True,  # in one piece: how a kernel cuts a stream up differs from run to run
         extra_arguments=["--log-level=ERROR"],
     )

@@ -1,0 +1,1 @@
+"""Recorded experiments: `python -m quip.results NAME` measures once what the book's figures show."""

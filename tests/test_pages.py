@@ -1,0 +1,243 @@
+"""The built book as a reader's browser shows it, without a network: `make pages` builds it and runs these tests.
+
+They need Chromium: the program named by QUIP_CHROMIUM, or one that is installed; without one they are skipped.
+"""
+
+import functools
+import html.parser
+import http.server
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "_build" / "html"
+PAGES = sorted(path.relative_to(BOOK).as_posix() for path in BOOK.rglob("*.html") if "_static" not in path.parts)
+PAGES = [page for page in PAGES if page != "index.html"]  # sends its reader on to the introduction
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+# No sandbox, as containers that run as root have none; the pages are our own.
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+HEAVY = 300_000  # bytes of a figure
+
+pytestmark = pytest.mark.pages
+
+
+class QuietServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):  # a browser hangs up whenever it likes
+        pass
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    if not PAGES:
+        pytest.skip("the book is not built: make pages")
+    with QuietServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=BOOK)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = os.environ.get("QUIP_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed, and QUIP_CHROMIUM names none")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """A page, opened, and what went wrong on the way: requests to elsewhere, and what the console says."""
+
+    def __init__(self, browser, address: str, name: str):
+        self.name, self.outside, self.failed, self.console = name, [], [], []
+        self.context = browser.new_context(viewport={"width": 1280, "height": 900})
+        self.page = self.context.new_page()
+        self.page.route(lambda url: not url.startswith((address, "data:", "blob:")), self.refuse)
+        self.page.on("response", lambda response: response.ok or self.failed.append(response.url))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
+        self.page.on("console", lambda m: self.console.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.goto(address + name)
+        self.page.wait_for_load_state("networkidle")
+        self.page.evaluate("() => window.MathJax?.startup.promise")
+
+    def refuse(self, route):
+        self.outside.append(route.request.url)
+        route.abort()
+
+
+@pytest.fixture(scope="module", params=PAGES or [None])
+def reader(request, address, browser):
+    reader = Reader(browser, address, request.param)
+    yield reader
+    reader.context.close()
+
+
+def test_nothing_is_fetched_from_elsewhere_and_nothing_complains(reader):
+    reader.page.emulate_media(color_scheme="dark")
+    reader.page.emulate_media(color_scheme="light")
+    assert (reader.outside, reader.failed, reader.console) == ([], [], [])
+
+
+def test_title_description_and_icon(reader):
+    assert re.search(r"quip|QuIP", reader.page.title())
+    icon = reader.page.locator("link[rel~=icon]").get_attribute("href")
+    assert (BOOK / reader.name).parent.joinpath(icon.partition("?")[0]).is_file()
+    if reader.name.startswith("book/"):
+        assert len(reader.page.locator("meta[name=description]").get_attribute("content")) > 40
+
+
+FORMULAS = """() => {
+  const formulas = [...document.querySelectorAll('.math.notranslate')];
+  return {
+    unrendered: formulas.filter(f => !f.querySelector('mjx-container')).map(f => f.textContent),
+    errors: [...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(e => e.textContent),
+    empty: formulas.filter(f => f.getBoundingClientRect().width == 0 && f.offsetParent).map(f => f.outerHTML),
+  };
+}"""
+PROSE = """() => {
+  const article = document.querySelector('article')?.cloneNode(true);
+  article?.querySelectorAll('pre, code, mjx-container').forEach(e => e.remove());
+  return article ? article.textContent : '';
+}"""
+
+
+def test_mathematics_and_markup_are_rendered(reader):
+    assert reader.page.evaluate(FORMULAS) == {"unrendered": [], "errors": [], "empty": []}
+    prose = reader.page.evaluate(PROSE)
+    assert not re.findall(r".{0,30}(?:\$\$|\\\(|\\\[|:::|\{[a-z:]+\}`|\bTODO\b).{0,30}", prose)
+
+
+IMAGES = """() => [...document.querySelectorAll('img')].map(image => ({
+  source: image.getAttribute('src').slice(0, 80),
+  loaded: image.complete && image.naturalWidth > 0,
+  alt: image.getAttribute('alt'),
+  figure: !!image.closest('article'),
+}))"""
+
+
+def test_images_load_and_have_alternative_text(reader):
+    for image in reader.page.evaluate(IMAGES):
+        assert image["loaded"], image
+        assert image["alt"] is not None, image
+        if image["figure"] and reader.name.startswith("book/"):
+            assert len(image["alt"]) > 30, f"says too little of what it shows: {image}"
+
+
+def test_no_figure_is_heavy(reader):
+    folder = (BOOK / reader.name).parent
+    images = {image["source"] for image in reader.page.evaluate(IMAGES) if not image["source"].startswith("data:")}
+    outputs = reader.page.eval_on_selector_all(".cell_output", "outputs => outputs.map(o => o.outerHTML.length)")
+    assert max([0, *outputs]) <= HEAVY
+    assert not [name for name in images if folder.joinpath(name.partition("?")[0]).stat().st_size > HEAVY]
+
+
+class Anchors(html.parser.HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids |= {value for name, value in attrs if name == "id" or (tag == "a" and name == "name")}
+
+
+@functools.cache
+def anchors(path: Path) -> set[str]:
+    return Anchors(path.read_text(encoding="utf-8")).ids
+
+
+def broken(link: str, address: str) -> bool:
+    if not link.startswith(address):
+        parts = urlsplit(link)
+        return parts.scheme not in ("http", "https", "mailto") or not (parts.netloc or parts.path) or " " in link
+    page, _, anchor = link.removeprefix(address).partition("#")
+    path = BOOK / unquote(page.partition("?")[0])
+    path = path / "index.html" if path.is_dir() else path
+    return not path.is_file() or bool(anchor and path.suffix == ".html" and unquote(anchor) not in anchors(path))
+
+
+def test_links_lead_somewhere(reader, address):
+    links = reader.page.eval_on_selector_all("a[href]", "links => links.map(a => a.href)")
+    assert not sorted({link for link in links if broken(link, address)})
+
+
+# What reaches beyond the screen, unless it scrolls in a box of its own that does not.
+BEYOND = """() => {
+  const width = document.documentElement.clientWidth, beyond = e => e.getBoundingClientRect().right > width + 1;
+  const scrolls = e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX) && !e.querySelector('article');
+  const boxed = e => { for (e = e.parentElement; e; e = e.parentElement) if (scrolls(e) && !beyond(e)) return true; };
+  const found = [...document.querySelectorAll('article, article *')].filter(
+    e => e.getBoundingClientRect().width && beyond(e) && !e.closest('mjx-assistive-mml') && !boxed(e));
+  return found.map(e => e.outerHTML.slice(0, 120)).slice(0, 5);
+}"""
+
+
+def test_nothing_is_cut_off_on_a_phone(reader):
+    reader.page.set_viewport_size({"width": 390, "height": 844})
+    try:
+        assert reader.page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert reader.page.evaluate(BEYOND) == []
+    finally:
+        reader.page.set_viewport_size({"width": 1280, "height": 900})
+
+
+CONTROLS = """() => {
+  const kinds = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [onclick], [role=button]';
+  const seen = e => e.checkVisibility({visibilityProperty: true, opacityProperty: true}) && !e.disabled;
+  window.waiting = new Set([...document.querySelectorAll('article :is(' + kinds + ')')].filter(seen));
+  document.addEventListener('focusin', e => waiting.delete(e.target));
+  document.activeElement.blur();
+  return waiting.size;
+}"""
+WAITING = "[...waiting].map(e => e.outerHTML.slice(0, 120))"
+
+
+def test_every_control_is_reached_by_the_tab_key(reader):
+    controls = reader.page.evaluate(CONTROLS)
+    for _ in range(controls // 10 + 5):  # the sidebars, formulas and whatever scrolls are stops, too
+        if reader.page.evaluate("waiting.size") == 0:
+            break
+        for _ in range(50):
+            reader.page.keyboard.press("Tab")
+    assert reader.page.evaluate(WAITING) == []
+
+
+def test_sliders_and_folded_answers_answer_to_keys(reader):
+    page = reader.page
+    for slider in page.locator("article input[type=range]").all():
+        before = slider.input_value()
+        slider.press("ArrowRight")
+        assert slider.input_value() != before
+    for button in page.locator("article .admonition.dropdown button.toggle-button").all():
+        folded = button.evaluate("b => b.parentElement.classList.contains('toggle-hidden')")
+        button.press("Enter")
+        assert button.evaluate("b => b.parentElement.classList.contains('toggle-hidden')") != folded
+    assert reader.console == []
+
+
+def test_search_finds_without_a_network(address, browser):
+    reader = Reader(browser, address, "search.html?q=incoherence")
+    reader.page.wait_for_selector("ul.search li a", timeout=10_000)
+    assert reader.outside == []
+    reader.context.close()
+
+
+def test_the_book_without_a_page_is_its_introduction(address, browser):
+    reader = Reader(browser, address, "")
+    reader.page.wait_for_url("**/book/intro.html")
+    reader.context.close()
