@@ -72,11 +72,12 @@ void times(const Factor &f, const uint16_t *b, float *out) {
     }
 }
 
-// Columns first ... first + count of X as pairs, as `times` takes them.
+// `count` columns X as pairs, as `times` takes them.
 void pair_up(const uint16_t *X, int64_t count, int64_t steps, uint16_t *b) {
     const __m256i zero = _mm256_setzero_si256();
     int64_t k = 0;
-    for (; k + 1 < count; k += 2) _mm512_store_si512(b + k * STRIP, interleave(half(X + k * STRIP), half(X + (k + 1) * STRIP)));
+    for (; k + 1 < count; k += 2)
+        _mm512_store_si512(b + k * STRIP, interleave(half(X + k * STRIP), half(X + (k + 1) * STRIP)));
     if (k < count) _mm512_store_si512(b + k * STRIP, interleave(half(X + k * STRIP), zero)), k += 2;
     for (; k < 32 * steps; k += 2) _mm512_store_si512(b + k * STRIP, _mm512_setzero_si512());
 }
@@ -165,7 +166,8 @@ void tiles(const uint16_t *panel, const uint16_t *z, int64_t apart, int64_t step
 }
 
 void sums_to(const float *sums, int64_t count, float factor, uint16_t *out) {
-    for (int64_t i = 0; i < count; i++) put(out + i * STRIP, narrow(_mm512_mul_ps(_mm512_load_ps(sums + 16 * i), _mm512_set1_ps(factor))));
+    for (int64_t i = 0; i < count; i++)
+        put(out + i * STRIP, narrow(_mm512_mul_ps(_mm512_load_ps(sums + 16 * i), _mm512_set1_ps(factor))));
 }
 
 }  // namespace
