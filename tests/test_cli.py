@@ -119,7 +119,7 @@ def test_info_says_where_damping_was_raised(quantize, tmp_path, capsys):
         (["--device", "abacus"], "device 'abacus'"),
         (["--seed", -1], "seed"),
         (["--method", "gptq"], "unknown method 'gptq': choose one of near, stoch, ldlq, optq, ldlq-rg, greedy, admm"),
-        (["--range", "wide"], "--range must be a number or search, got 'wide'"),
+        (["--range", "wide"], "--range must be a number, search or max, got 'wide'"),
         (["--range", 0], "the range rho must be a positive number"),
         (["--passes", -1], "passes must be at least 0"),
         (["--incoherence", "haar"], "incoherence must be 'kron' or 'none'"),
