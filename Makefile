@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 
 .NOTPARALLEL:
-.PHONY: help install demo test test-slow test-oldest book export execute drift clean
+.PHONY: help install demo test test-slow test-oldest book pages export execute drift clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-oldest: .venv-oldest/.installed ## the tests that meet Transformers, on the
 
 book: .venv/.installed ## build the book into _build/html; warnings are errors
 	$(BIN)/jupyter-book build . --all -W --keep-going -n
+
+pages: book ## open every page of the built book in Chromium (QUIP_CHROMIUM=program), without a network
+	$(BIN)/pytest -m pages tests/test_pages.py
 
 export: .venv/.installed ## write quip/*.py from the notebooks
 	$(BIN)/nbdev-export

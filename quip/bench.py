@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, cycle, islice
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import torch
 
@@ -73,10 +73,10 @@ def bench_kernels(sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repe
     """Time packed layers on the CPU beside `torch.nn.functional.linear`, weights streamed from memory.
 
     Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
-    take turns, and of each the fastest of `repeats` rounds counts. A size is left out if memory is short. Rows: m, n,
-    bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads at best),
-    ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of float32),
-    and error (relative, against float64).
+    take turns, and of each the fastest of `repeats` rounds counts (by `cpu_clock`). A size is left out if memory is
+    short. Rows: m, n, bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads
+    at best), ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of
+    float32), and error (relative, against float64).
     """
     limit = read_bandwidth()
     for m, n in sizes:
@@ -139,6 +139,7 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[ob
 
     Every function is called once before, since a layer's first call prepares the others.
     """
+    clock = cpu_clock()
     for function in chain.from_iterable(what.values()):
         function()
     calls = {kind: cycle(functions) for kind, functions in what.items() if functions}
@@ -147,11 +148,16 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[ob
         for kind in calls:
             count = min(len(what[kind]), 32)
             functions = list(islice(calls[kind], count))
-            start = perf_counter()
+            start = clock()
             for function in functions:
                 function()
-            best[kind] = min(best[kind], (perf_counter() - start) / count)
+            best[kind] = min(best[kind], (clock() - start) / count)
     return best
+
+
+def cpu_clock() -> Callable[[], float]:
+    """A clock for work on the CPU: on one thread, of the time that it had, whatever else the machine does meanwhile."""
+    return thread_time if torch.get_num_threads() == 1 else perf_counter
 
 
 def now(device: torch.device) -> float:
@@ -185,11 +191,11 @@ def read_bandwidth() -> float:
     """Bytes a second that this machine reads from memory, on as many threads as torch uses: the best of ten."""
     data = torch.ones(2**28, dtype=torch.uint8)
     read = partial(cpu.read, data) if cpu.library() is not None else data.view(torch.int64).sum
-    best = float("inf")
+    clock, best = cpu_clock(), float("inf")
     for _ in range(10):
-        start = perf_counter()
+        start = clock()
         read()
-        best = min(best, perf_counter() - start)
+        best = min(best, clock() - start)
     return len(data) / best
 
 

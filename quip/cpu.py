@@ -13,8 +13,9 @@ import torch
 from quip.errors import QuipError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
-LONG = 32  # activations, from which on a dense matrix may pay
+LONG = 32  # activations, from which on other ways may pay
 PAYS = {"avx512": 1 / 2, "neon": 1 / 2, "avx2": 1 / 4, "portable": 1 / 32}  # and does; for each column
+MADE = 5  # see Call.pays_dense
 WIDEST = 2**16  # columns whose sums certainly fit 32 bits
 
 
@@ -57,6 +58,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         lib.quip_backends.restype = lib.quip_backend.restype = ctypes.c_char_p
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         lib.quip_linears.argtypes = [pointer, size, pointer, pointer, size, size, size]
+        lib.quip_prompt.argtypes = [pointer] * 3 + [size] * 2
         lib.quip_gated.argtypes = [pointer] * 5 + [size] * 3
         lib.quip_dense.argtypes = [pointer, pointer, size, size]
         norm = [pointer] * 3 + [size, size, ctypes.c_double, size]
@@ -156,19 +158,31 @@ class Call(Unsaved):
         return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:  # (…, n), contiguous, in one of DTYPES -> (…, m)
-        return self.by_dense(x) if self.is_long(x) else linears([self], x)[0]
+        if not self.is_long(x):
+            return linears([self], x)[0]
+        return self.by_dense(x) if self.pays_dense(x) else self.by_prompt(x)
 
     def is_long(self, x: torch.Tensor) -> bool:
-        """Whether x has so many vectors that a dense matrix, once it is made, earns back what making it costs.
+        """Whether x has so many vectors that another way is faster: `by_dense`, or `by_prompt`."""
+        prompt = x.dtype == torch.bfloat16 and backend() == "amx"
+        return x.numel() >= LONG * self.n and (prompt or self.pays_dense(x))
 
-        By measurement. With AMX the kernel is as fast as a dense product in float32, but not as one in bfloat16.
+    def pays_dense(self, x: torch.Tensor) -> bool:
+        """Whether a dense matrix, once it is made, earns back what making it costs. By measurement.
+
+        With AMX, never but in bfloat16: there, making it costs `MADE` times as much for each of its m n weights as
+        `by_prompt` takes longer than a dense product for each of the n + m numbers of a vector.
         """
         batch = x.numel() // self.n
-        if batch < LONG:
-            return False
         if backend() == "amx":
-            return x.dtype == torch.bfloat16 and self.n <= min(batch, 2048)
+            return x.dtype == torch.bfloat16 and batch * (self.n + self.m) >= MADE * self.n * self.m
         return batch >= self.n * PAYS[backend()]
+
+    def by_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer for many vectors in bfloat16, which has AMX multiply by codes that become bfloat16 in the cache."""
+        y = x.new_empty(*x.shape[:-1], self.m)
+        batch, threads = x.numel() // self.n, torch.get_num_threads()
+        return enough_memory(library().quip_prompt(self.at, x.data_ptr(), y.data_ptr(), batch, threads), y)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The layer's weights `(m, n)` as an ordinary matrix, `Uᵀ (s C) V D̃⁻¹`."""
@@ -177,7 +191,7 @@ class Call(Unsaved):
         return enough_memory(failed, W)
 
     def by_dense(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer for a long prompt: one dense product; in float32, where 16 bits would be slower."""
+        """The layer for very many vectors: one dense product; in float32, where 16 bits would be slower."""
         dtype = x.dtype if x.dtype == torch.bfloat16 and backend() == "amx" else torch.float32
         bias = self.tensors[3]
         y = torch.nn.functional.linear(x.to(dtype), self.dense(dtype), None if bias is None else bias.to(dtype))

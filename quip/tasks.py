@@ -167,9 +167,10 @@ def run_tasks(
 ) -> list[dict]:
     """Rows of `task`, `metric`, `value`, `stderr` (None for one document), `documents`, `source`; all by lm-eval.
 
-    `limit`: only so many documents of each task, the first ones. The standard error of a perplexity is that of its
-    logarithm times the perplexity (first order); lm-eval's, from 100,000 bootstrap samples, takes minutes and differs
-    by a per cent or so. Nothing here is random. Raises `QuipError` if the model's output is NaN.
+    `limit`: only so many documents of each task, the first ones. Log-likelihoods are in the model's own type, as in
+    lm-eval: those of a bfloat16 model have three digits. The standard error of a perplexity is that of its logarithm
+    times the perplexity (first order), where lm-eval draws 100,000 bootstrap samples in a pool of processes.
+    Raises `QuipError` for a size below 1, and if the model's output is NaN or its perplexity no float.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise QuipError(f"limit and batch size must be at least 1, got {limit} and {batch_size}")

@@ -59,6 +59,7 @@ def test_no_local_paths(nb):
 def test_metadata_names_no_machine(nb):
     assert nb.metadata.kernelspec.name == "python3"
     assert nb.metadata.language_info == {"name": "python"}
+    assert "widgets" not in nb.metadata  # their scripts would come from the network
 
 
 def test_one_notebook_a_module():

@@ -1,6 +1,7 @@
 """Recorded experiments, on a tiny model."""
 
 import argparse
+import copy
 import json
 import math
 from functools import partial
@@ -17,6 +18,7 @@ from quip.results import runs
 from quip.results import whole as whole_models
 from quip.results.command import main
 from quip.results.defaults import VARIANTS
+from quip.results.rows import quantize_rows
 
 
 @pytest.fixture
@@ -228,3 +230,26 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys):
         assert stop.value.code == 2
         assert captured.err.splitlines()[-1].startswith("quip: error:") and message in captured.err
     assert not (tmp_path / "x").exists()
+
+
+def test_scales_of_rows(model_folder):
+    model, _ = load_model(str(model_folder))
+    exact = copy.deepcopy(model)
+    with torch.no_grad():  # rows of very different sizes: one scale for all would round the small ones to nothing
+        for name, p in model.named_parameters():
+            if "proj" in name:
+                p *= torch.logspace(-2, 0, len(p))[:, None]
+    before = copy.deepcopy(model)
+    samples = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
+    reports = quantize_rows(model, samples, 3, method="near", incoherence="none")
+    assert len(reports) == 14 and all(x["bits_per_weight"] > 3 for x in reports.values())
+    for name, p in model.named_parameters():
+        W = before.get_parameter(name)
+        if "proj" not in name:
+            assert torch.equal(p, W)
+            continue
+        assert all(len(row.unique()) <= 8 for row in p)
+        error = (p - W).norm(dim=1) / W.norm(dim=1)
+        assert error.min() > 0 and error.max() < 0.35, "every row has a grid of its own size"
+    plain = quantize_rows(exact, samples, 3, method="ldlq", incoherence="none")
+    assert plain.keys() == reports.keys()

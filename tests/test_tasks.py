@@ -340,8 +340,11 @@ def test_perplexity_is_measured_beside_tasks_if_its_text_is_named(model_folder, 
 def test_runs_repeat_whatever_the_batch_and_leave_the_tokenizer(data):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     tokenizer.pad_token = None
+    batches = []
+    model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     loaded = tasks.load_tasks(["lambada_openai", "arc_challenge"])
     first, again, other = (tasks.run_tasks(model, tokenizer, loaded, 9, size) for size in (4, 4, 1))
+    assert max(batches) == 4 and batches[-1] == 1
     assert first == again and tokenizer.pad_token is None
     for a, b in zip(first, other, strict=True):
         assert a | {"value": 0, "stderr": 0} == b | {"value": 0, "stderr": 0}

@@ -1,8 +1,8 @@
-"""Write the README's measured parts, two tables and the picture, from the records in book/results.
+"""Write what is measured in the README, two tables and the picture, from the records in book/results.
 
     python tools/readme.py
 
-A test fails if they differ, so run it whenever a record has changed.
+The table of speeds is in the user's guide too. A test fails if any of it differs: run it when a record has changed.
 """
 
 import json
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-README, PICTURE, RESULTS = ROOT / "README.md", ROOT / "book" / "_static" / "readme.svg", ROOT / "book" / "results"
+README, GUIDE = ROOT / "README.md", ROOT / "book" / "using.md"
+PICTURE, RESULTS = ROOT / "book" / "_static" / "readme.svg", ROOT / "book" / "results"
 MODEL, TEXT = "smollm2", "wikitext2"
 VARIANTS = {"default": "default", "ldlq-rg": "own basis", "own basis": "own basis", "16 bits": "16 bits"}
 WIDTHS = (4, 3, 2)
@@ -150,14 +151,17 @@ def filled(text: str, parts: dict[str, str]) -> str:
     return text
 
 
-def wanted() -> tuple[str, str]:
-    """The README and the picture as the records have them."""
+def wanted() -> dict[Path, str]:
+    """Every file that this tool writes into, as the records have it."""
     rows = chosen()
-    parts = {"measured: models": model_table(rows), "measured: speed": speed_table()}
-    return filled(README.read_text(encoding="utf-8"), parts), picture(rows)
+    speed = {"measured: speed": speed_table()}
+    return {
+        README: filled(README.read_text(encoding="utf-8"), {"measured: models": model_table(rows), **speed}),
+        GUIDE: filled(GUIDE.read_text(encoding="utf-8"), speed),
+        PICTURE: picture(rows),
+    }
 
 
 if __name__ == "__main__":
-    readme, svg = wanted()
-    README.write_text(readme, encoding="utf-8")
-    PICTURE.write_text(svg, encoding="utf-8")
+    for path, text in wanted().items():
+        path.write_text(text, encoding="utf-8")

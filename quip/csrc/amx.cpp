@@ -2,12 +2,6 @@
 // and so does everything but the product.
 #include "backend.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
-#if __has_include(<amxint8intrin.h>)
-#define HAS_AMX
-#endif
-#endif
-
 #if defined(HAS_AMX)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -20,18 +14,13 @@
 #endif
 
 #include "avx512.h"
+#include "amx.h"
 
 namespace {
 
 constexpr int64_t FEW = 6;     // activation vectors for which AVX-512 is as fast
 constexpr int64_t PANEL = 32;  // rows unpacked at a time, in two tiles
 constexpr int64_t DEEP = 64;   // tiles of each 16 rows unpacked at a time: 128 KB in all, which stay in the cache
-
-struct alignas(64) Shapes {  // what LDTILECFG reads
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};  // in a row of each tile
-    uint8_t rows[16] = {};
-};
 
 // Tiles 0 to 3: sums of 16 rows and one digit (vectors, 16); 4 and 5: digits (vectors, 64); 6 and 7: codes (16, 4 * 16).
 void shape_tiles(int64_t vectors) {
@@ -40,31 +29,7 @@ void shape_tiles(int64_t vectors) {
         s.bytes[i] = 64;
         s.rows[i] = i < 6 ? vectors : 16;
     }
-    _tile_loadconfig(&s);
-}
-
-// 16 vectors of 16 numbers of 32 bits become their columns.
-void transpose(Vec (&v)[16]) {
-    Vec t[16];
-    UNROLLED for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    UNROLLED for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    UNROLLED for (int i = 0; i < 4; i++)
-        UNROLLED for (int h = 0; h < 16; h += 8) {
-            t[h + i] = _mm512_shuffle_i32x4(v[h + i], v[h + i + 4], 0x88);
-            t[h + i + 4] = _mm512_shuffle_i32x4(v[h + i], v[h + i + 4], 0xDD);
-        }
-    UNROLLED for (int i = 0; i < 8; i++) {
-        v[i / 4 * 4 + i % 4] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        v[i / 4 * 4 + i % 4 + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-    }
+    shape(s);
 }
 
 // Bytes first to last of up to 16 rows of codes as tiles: for every 64 bytes and every field, the tile whose row i holds
@@ -187,9 +152,10 @@ void attend(const float *q, int64_t heads, int64_t d, const void *K, const void 
 static bool runs_here() {
     unsigned a, b, c, d;
     if (!avx512_backend.runs_here() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned TILE = 1u << 24, INT8 = 1u << 25;
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25;
     constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return (d & TILE) && (d & INT8) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return (d & TILE) && (d & INT8) && (d & BF16) && __builtin_cpu_supports("avx512bf16") &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
 const Backend amx_backend = {"amx", VECTOR, quantize, arrange, multiply, scale, product, swiglu, attend, runs_here};

@@ -36,6 +36,9 @@ QUIP_API int quip_linear(const quip_layer *, const void *x, void *y, int64_t bat
 QUIP_API int quip_linears(const quip_layer *const *, int64_t count, const void *x, void *const *y, int64_t batch,
                           int64_t dtype, int64_t threads);
 
+// The same for many activations, x and y in bfloat16. With backend amx, what is between x and y is in bfloat16 too.
+QUIP_API int quip_prompt(const quip_layer *, const void *x, void *y, int64_t batch, int64_t threads);
+
 // y = down(silu(gate(x)) * up(x)), all in between in 32 bits; gate and up as for `quip_linears`.
 QUIP_API int quip_gated(const quip_layer *gate, const quip_layer *up, const quip_layer *down, const void *x, void *y,
                         int64_t batch, int64_t dtype, int64_t threads);

@@ -11,7 +11,10 @@ SELF = "self"  # calibration text that the unquantized model wrote
 
 @dataclass(frozen=True)
 class Run:
-    """One model to be quantized: `changes` as in `quip.methods.choose`, and the calibration set."""
+    """One model to be quantized: `changes` as in `quip.methods.choose`, and the calibration set.
+
+    `rows`: with a scale for each row of W in place of one for the matrix.
+    """
 
     variant: str
     bits: int
@@ -20,6 +23,7 @@ class Run:
     samples: int = 64
     seq_len: int = 1024
     seed: int = 0
+    rows: bool = False
 
 
 OWN = {"incoherence": "none"}
@@ -57,8 +61,8 @@ def varied(args: argparse.Namespace, variants: dict[str, dict]) -> list[Run]:
 
 
 def methods(args: argparse.Namespace) -> list[Run]:
-    """Every rounding method, in the model's own basis and in an incoherent one"""
-    return varied(args, METHODS)
+    """Every rounding method, in the model's own basis, with a scale for each row, and in an incoherent one"""
+    return [replace(run, rows="incoherence" in run.changes) for run in varied(args, METHODS)]
 
 
 def incoherence(args: argparse.Namespace) -> list[Run]:

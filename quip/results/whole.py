@@ -20,6 +20,7 @@ from quip.info import checkpoint_info, mean_loss
 from quip.loading import load_model
 from quip.methods import choose
 from quip.results.record import provenance, short_name, write_record
+from quip.results.rows import quantize_rows
 from quip.results.runs import SELF, Run, select
 
 
@@ -93,6 +94,7 @@ class Bench:
             row["calibration"] = {"text": source, "samples": run.samples, "seq_len": run.seq_len}
             row["seed"] = run.seed
             row["choices"] = choose(**run.changes)
+            row["scales"] = "rows" if run.rows else "matrix"
         return row
 
     def measure(self, run: Run | None, wanted: dict) -> dict:
@@ -100,11 +102,11 @@ class Bench:
         copied, more = copy.deepcopy(self.model), {}
         if run:
             samples = self.samples(run)
-            start = time.perf_counter()
-            reports = models.quantize_model(copied, samples, run.bits, run.seed, progress=ProgressBar(), **run.changes)
+            start, quantize = time.perf_counter(), quantize_rows if run.rows else models.quantize_model
+            reports = quantize(copied, samples, run.bits, run.seed, progress=ProgressBar(), **run.changes)
             more["seconds"] = round(time.perf_counter() - start)
             more["mean_loss"] = mean_loss(reports)
-            more |= self.sizes(copied, reports)
+            more |= {} if run.rows else self.sizes(copied, reports)
         more["perplexity"] = {source: self.perplexity(copied, ids) for source, ids in self.texts.items()}
         if self.tasks:
             more["accuracy"] = tasks.run_tasks(copied, self.tokenizer, self.tasks, self.limit)
@@ -161,7 +163,7 @@ def written_by(model: PreTrainedModel, samples: int, seq_len: int, seed: int, ba
     return torch.cat(texts)
 
 
-KEY = ("model", "bits", "dtype", "evaluation", "window", "calibration", "seed", "choices", "tasks")
+KEY = ("model", "bits", "dtype", "evaluation", "window", "calibration", "seed", "choices", "scales", "tasks")
 
 
 def key(row: dict) -> list:

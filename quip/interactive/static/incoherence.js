@@ -132,7 +132,7 @@ const start = (root) => {
   const controls = root.querySelector(".controls");
   const sliders = {};
   for (const [name, text] of [["lone", "Lone outliers"], ["columns", "Heavy columns"], ["size", "Their size"]]) {
-    const output = make("output");
+    const output = make("b");
     const input = make("input", { type: "range", min: name === "size" ? 1 : 0, max: setup.most[name], value: setup[name] });
     controls.append(make("label", {}, `${text}: `, output, input));
     sliders[name] = { input, output };

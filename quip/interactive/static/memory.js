@@ -6,7 +6,7 @@ const start = (root) => {
     return element;
   };
   const slider = (name, min, max, step, value) => {
-    const output = make("output");
+    const output = make("b");
     const input = make("input", { type: "range", min, max, step, value });
     return { input, output, label: make("label", {}, `${name}: `, output, input) };
   };
