@@ -108,3 +108,24 @@ def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed():
     allowed = dict(bound.split(">=") for bound in bounds if distribution(bound) in oldest)
     assert allowed.keys() == oldest.keys()
     assert all(f"{version}.0.0".startswith(f"{allowed[name]}.") for name, version in oldest.items())
+
+
+def test_every_file_of_the_package_is_installed(tmp_path):
+    # Whoever installs it has no checkout: scripts and styles of the interactive parts must come along.
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "--build-lib",
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    tracked = [
+        path for path in (ROOT / "quip").rglob("*") if path.suffix in (".py", ".js", ".css", ".cpp", ".h", ".inc")
+    ]
+    assert len(tracked) > 50
+    assert not [path for path in tracked if not (tmp_path / path.relative_to(ROOT)).is_file()]
