@@ -26,7 +26,9 @@ class Run:
     rows: bool = False
 
 
-OWN = {"incoherence": "none"}
+NONE = {"incoherence": "none"}
+# OPTQ's damping: a massive activation raises the mean, without which its feedback would swamp the other channels.
+OWN = {**NONE, "alpha": 0.01, "center": "mean"}
 METHODS = {
     "near": {"method": "near", **OWN},
     "optq": {"method": "optq", **OWN},
@@ -43,8 +45,8 @@ METHODS = {
 # From the published setting without any of its processing, to all of it, to ours; ldlq throughout.
 PLAIN = {"preset": "paper", "rescale": False, "rho": "max", "pre_clamp": False}
 STEPS = {
-    "none": {**PLAIN, **OWN},
-    "rescale": {**PLAIN, **OWN, "rescale": True},
+    "none": {**PLAIN, **NONE},
+    "rescale": {**PLAIN, **NONE, "rescale": True},
     "transform": PLAIN,
     "rescale + transform": {**PLAIN, "rescale": True},
     "rescale + transform + range": {"preset": "paper"},
@@ -67,9 +69,8 @@ def methods(args: argparse.Namespace) -> list[Run]:
 
 def incoherence(args: argparse.Namespace) -> list[Run]:
     """The steps of incoherence processing, with and without the permutation in its transforms"""
-    straight = {
-        f"{name}, no permutation": {**x, "permute": False} for name, x in STEPS.items() if OWN.items() - x.items()
-    }
+    rotated = {name: x for name, x in STEPS.items() if NONE.items() - x.items()}
+    straight = {f"{name}, no permutation": {**x, "permute": False} for name, x in rotated.items()}
     return varied(args, STEPS | straight)
 
 
