@@ -31,7 +31,13 @@ OPTIONS = [
 PATIENCE = 180_000  # ms; the longest pages take seconds, and a busy machine many times that
 HEAVY = 300_000  # bytes of a figure
 
-pytestmark = pytest.mark.pages
+CHROMIUM = os.environ.get("QUIP_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+pytestmark = [
+    pytest.mark.pages,
+    pytest.mark.skipif(not PAGES, reason="the book is not built: make pages"),
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed, and QUIP_CHROMIUM names none"),
+]
 
 
 class QuietServer(http.server.ThreadingHTTPServer):
@@ -46,8 +52,6 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address():
-    if not PAGES:
-        pytest.skip("the book is not built: make pages")
     with QuietServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=BOOK)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -56,13 +60,10 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser():
-    program = os.environ.get("QUIP_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip("no Chromium is installed, and QUIP_CHROMIUM names none")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=OPTIONS, timeout=PATIENCE)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS, timeout=PATIENCE)
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         context.set_default_timeout(PATIENCE)
         yield context
@@ -88,7 +89,7 @@ class Reader:
         return not url.startswith((self.address, "data:", "blob:"))
 
 
-@pytest.fixture(scope="module", params=PAGES or [None])
+@pytest.fixture(scope="module", params=PAGES)
 def reader(request, address, browser):
     reader = Reader(browser, address, request.param)
     yield reader
