@@ -21,8 +21,9 @@ def quantize_rows(
 ) -> dict[str, dict]:
     """Round the weights of a model in place, block by block, to a grid whose scale differs from row to row.
 
-    The proxy loss is a sum over rows, so a row may be rounded in units of its own RMS: what is quantized is `W / r`,
-    and Ŵ is `r` times the result. The weights stay in the model's 16 or 32 bits. Returns the report of each layer.
+    The proxy loss is a sum over rows, so a row may be rounded in units of its own: what is quantized is `W / r`, r the
+    largest weight of each row, and Ŵ is `r` times the result. The weights stay in the model's 16 or 32 bits. Returns
+    the report of each layer.
     """
     plan = make_plan(model, bits, seed, **changes)
     prefix, blocks = decoder_blocks(model)
@@ -42,7 +43,7 @@ def quantize_rows(
 
 def round_rows(W: torch.Tensor, H: torch.Tensor, plan, name: str) -> tuple[torch.Tensor, dict]:
     """Ŵ `(m, n)`, float64, and the report of its layer; W `(m, n)`, H `(n, n)`."""
-    r = W.double().square().mean(1, keepdim=True).sqrt()
+    r = W.double().abs().amax(1, keepdim=True)
     r = torch.where(r > 0, r, 1.0)
     arguments = matrix_arguments(plan.choices, layer_seed(plan.seed, f"{name}/rounding"))
     q = quantize_matrix(W / r, H, plan.bits, name=name, **arguments)

@@ -27,8 +27,12 @@ class Run:
 
 
 NONE = {"incoherence": "none"}
-# OPTQ's damping: a massive activation raises the mean, without which its feedback would swamp the other channels.
-OWN = {**NONE, "alpha": 0.01, "center": "mean"}
+OWN = {
+    **NONE,
+    "alpha": 0.01,
+    "center": "mean",
+    "rho": "max",
+}  # as OPTQ has it: the grid of a row reaches its largest weight
 METHODS = {
     "near": {"method": "near", **OWN},
     "optq": {"method": "optq", **OWN},
