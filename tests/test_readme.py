@@ -65,10 +65,10 @@ def test_a_better_record_takes_the_place_of_another(tmp_path, monkeypatch):
     old = tool.chosen()
     for path in tool.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    row = {"model": "smollm2", "evaluation": {"wikitext2 (test.jsonl)": 10**9}, "command": "x"}
+    row = {"model": "smollm2", "parameters": 10**6, "evaluation": {"wikitext2 (test.jsonl)": 10**9}, "command": "x"}
     rows = [row | {"variant": "16 bits", "bits": 16, "perplexity": {"wikitext2 (test.jsonl)": 20.0}}]
     row |= {"calibration": {"text": "c4", "samples": 64, "seq_len": 1024}, "file_bytes": 1e6, "bits_per_weight": 2.5}
-    for variant, factor in {"default": 1, "ldlq-rg": 10}.items():
+    for variant, factor in {"default": 1, "ldlq": 10}.items():
         for bits in tool.WIDTHS:
             rows.append(
                 row | {"variant": variant, "bits": bits, "perplexity": {"wikitext2 (test.jsonl)": factor * 30.0}}

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, GUIDE = ROOT / "README.md", ROOT / "book" / "using.md"
 PICTURE, RESULTS = ROOT / "book" / "_static" / "readme.svg", ROOT / "book" / "results"
 MODEL, TEXT = "smollm2", "wikitext2"
-VARIANTS = {"default": "default", "ldlq-rg": "own basis", "own basis": "own basis", "16 bits": "16 bits"}
+VARIANTS = {"default": "default", "ldlq": "own basis", "16 bits": "16 bits"}
 WIDTHS = (4, 3, 2)
 
 
@@ -23,23 +23,21 @@ def record(name: str) -> dict:
 
 
 def measured() -> Iterator[dict]:
-    """What the records say of MODEL on TEXT: variant, bits, ppl, tokens, calibration, command, and sizes if known."""
+    """What the records of whole models say of MODEL on TEXT: their rows, with ppl, tokens and calibrated added."""
     for path in sorted(RESULTS.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        about = content.get("about", {})
-        for row in content.get("rows", []):
-            if row.get("model", about.get("model")) != MODEL or row.get("variant") not in VARIANTS:
+        for row in json.loads(path.read_text(encoding="utf-8")).get("rows", []):
+            if row.get("model") != MODEL or row.get("variant") not in VARIANTS or row.get("seed"):
                 continue
-            row = {**row, "variant": VARIANTS[row["variant"]], "command": row.get("command", about.get("command"))}
-            if "perplexity" in row:
-                source = next((text for text in row["perplexity"] if text.startswith(TEXT)), None)
-                calibration = row.get("calibration", {"samples": 0, "seq_len": 0})
-                size = calibration["samples"] * calibration["seq_len"]
-                if source and row["perplexity"][source]:
-                    tokens = row["evaluation"][source]
-                    yield {**row, "ppl": row["perplexity"][source], "tokens": tokens, "calibrated": size}
-            elif "ppl" in row and about.get("evaluation", "").startswith(TEXT):
-                yield {**row, "calibrated": about["tokens"] if row["bits"] < 16 else 0}
+            source = next((text for text in row.get("perplexity", ()) if text.startswith(TEXT)), None)
+            calibration = row.get("calibration", {"samples": 0, "seq_len": 0})
+            if source and row["perplexity"][source]:
+                yield {
+                    **row,
+                    "variant": VARIANTS[row["variant"]],
+                    "ppl": row["perplexity"][source],
+                    "tokens": row["evaluation"][source],
+                    "calibrated": calibration["samples"] * calibration["seq_len"],
+                }
 
 
 def chosen() -> dict[tuple[str, int], dict]:
@@ -65,13 +63,13 @@ def model_table(rows: dict[tuple[str, int], dict]) -> str:
         "| | bits per quantized weight, all counted | weight files | perplexity | tokens a second |",
         "|---|---|---|---|---|",
     ]
-    sizes = {row["bits"]: row for row in record("sizes")["sizes"]}
     for bits in (16, *WIDTHS):
-        row = sizes[bits] | rows["16 bits" if bits == 16 else "default", bits]
+        row = rows["16 bits" if bits == 16 else "default", bits]
+        size = row.get("file_bytes", 2 * row["parameters"])
         each = f"{row['bits_per_weight']:.3f}" if bits < 16 else "16"
         rate = rates.get(MODEL if bits == 16 else f"{bits} bits")
         shown = f"{rate:.0f}" if rate else "–"
-        lines.append(f"| {bits} bits | {each} | {row['file_bytes'] / 1e6:.1f} MB | {row['ppl']:.1f} | {shown} |")
+        lines.append(f"| {bits} bits | {each} | {size / 1e6:.1f} MB | {row['ppl']:.1f} | {shown} |")
     example = rows["default", 2]
     return "\n".join(lines) + (
         f"\n\nSmolLM2-135M-Instruct, calibrated on {example['calibrated']:,} tokens of C4; perplexity (lower is better)"
