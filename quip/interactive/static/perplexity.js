@@ -151,7 +151,7 @@ const start = (root) => {
     for (const tick of ticks(y0, y1)) {
       const y = at(x0, tick)[1];
       picture.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y, y2: y }));
-      picture.append(svg("text", { x: left - 7, y: y + 4, "text-anchor": "end" }, three(10 ** tick)));
+      picture.append(svg("text", { x: left - 7, y: y + 4, "text-anchor": "end" }, scaled(10 ** tick, ["", " k", " M", " B"])));
     }
     picture.append(svg("text", { x: (left + width - right) / 2, y: height - 6, "text-anchor": "middle" }, name));
     const turned = { x: 0, y: 0, transform: `translate(13 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" };
