@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from quip import cli, models, results, save_model
+from quip import cli, models, save_model
 from quip.algorithm import quantize_matrix
 from quip.bounds import decompose, layer_report
 from quip.checkpoint import REPORT
@@ -19,6 +19,7 @@ from quip.info import finite, mean_loss, notes
 from quip.kernels import QuantizedLinear, linear_torch
 from quip.methods import METHODS, choose, matrix_arguments
 from quip.proxy import SecondMoment, power_of_two, relative_proxy_loss
+from quip.results.record import write_record
 
 CHOICES = {
     "default": {},
@@ -176,7 +177,7 @@ def test_what_is_not_finite_is_written_as_null(tmp_path):
     content = {"ppl": math.inf, "rows": [{"x": (math.nan, 1.5, -math.inf)}, 3, "NaN", None, True]}
     expected = {"ppl": None, "rows": [{"x": [None, 1.5, None]}, 3, "NaN", None, True]}
     assert finite(content) == expected
-    for write in (cli.write_json, results.write_record):
+    for write in (cli.write_json, write_record):
         write(str(tmp_path / "file.json"), content)
         text = (tmp_path / "file.json").read_text(encoding="utf-8")
         assert json.loads(text, parse_constant=no_constant) == expected
