@@ -10,7 +10,7 @@ from quip.bench import bench_kernels, bench_quantize
 from quip.cli import main, parse_size
 from quip.errors import QuipError
 from quip.kernels import packed_width
-from quip.results.command import main
+from quip.results import command
 
 
 def test_rows():
@@ -106,5 +106,5 @@ def test_benchmarks_of_a_gpu_say_that_there_is_none(capsys):
         with pytest.raises(QuipError, match="no CUDA kernels here: "):
             next(run())
     with pytest.raises(SystemExit) as stopped:
-        main(["cuda"])
+        command.main(["cuda"])
     assert stopped.value.code == 2 and "no CUDA kernels here" in capsys.readouterr().err
