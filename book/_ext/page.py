@@ -43,6 +43,8 @@ def leave_out_thebe(app, config) -> None:
     for listener in [listener for listeners in app.events.listeners.values() for listener in listeners]:
         if listener.handler.__module__ == "sphinx_thebe":
             app.disconnect(listener.id)
+    styles = app.registry.css_files  # its own would be linked from every page, and is not there
+    styles[:] = [style for style in styles if style[0] != "sphinx-thebe.css"]
 
 
 def setup(app) -> dict:
