@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+# A browser for the tests of pages and of interactive parts, which are skipped without one.
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = os.environ.get("QUIP_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,12 +3,12 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from conftest import CHROMIUM
 
 from quip.incoherence import KroneckerTransform, haar_orthogonal
 from quip.interactive import (
@@ -25,7 +25,6 @@ from quip.interactive.component import asset
 from quip.interactive.incoherence import WEIGHT_SEED, outlier_matrix, turned, two_bit_error
 from quip.interactive.memory import cache_bytes
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -66,7 +65,7 @@ def drive(folder, parts: str, script: str) -> object:
     """What a script, the body of an async function, returns in a page with these parts."""
     page = folder / "page.html"
     page.write_text(PAGE % (HELPERS, parts, script), encoding="utf-8")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", page.as_uri()]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", page.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
     found = re.search(r'<pre id="result">(.*?)</pre>', run.stdout, re.DOTALL)
     assert found, run.stderr
@@ -78,7 +77,7 @@ def drive(folder, parts: str, script: str) -> object:
 @pytest.fixture
 def page(tmp_path):
     """Runs a script in a page that shows some components."""
-    if BROWSER is None:
+    if CHROMIUM is None:
         pytest.skip("no Chromium")
 
     def run(*components, script):
@@ -300,7 +299,7 @@ def test_incoherence(page):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """Random numbers, Haar matrices and transforms that the script of the simulation makes."""
-    if BROWSER is None:
+    if CHROMIUM is None:
         pytest.skip("no Chromium")
     script = f"""
     {asset("incoherence.js")}

@@ -8,20 +8,18 @@ import html.parser
 import http.server
 import importlib
 import inspect
-import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from conftest import CHROMIUM
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "_build" / "html"
 PAGES = sorted(path.relative_to(BOOK).as_posix() for path in BOOK.rglob("*.html") if "_static" not in path.parts)
 PAGES = [page for page in PAGES if page != "index.html"]  # sends its reader on to the introduction
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 OPTIONS = [
     "--no-sandbox",  # containers that run as root have none; the pages are our own
     "--disable-gpu",
@@ -30,8 +28,6 @@ OPTIONS = [
 ]
 PATIENCE = 180_000  # ms; the longest pages take seconds, and a busy machine many times that
 HEAVY = 300_000  # bytes of a figure
-
-CHROMIUM = os.environ.get("QUIP_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 pytestmark = [
     pytest.mark.pages,

@@ -18,7 +18,7 @@ from quip.results import runs
 from quip.results import whole as whole_models
 from quip.results.command import main
 from quip.results.defaults import VARIANTS
-from quip.results.rows import quantize_rows
+from quip.results.rows import quantize_rows, row_sizes
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_row_serves_every_experiment_that_asks_for_it(whole):
 def test_calibration_and_seeds(whole):
     sizes = whole("calibration", "--bits", "3", "--variants", "2k tokens", "its own text")
     main(sizes)
-    _, small, own = rows_of(sizes)
+    _, own, small = rows_of(sizes)
     assert small["calibration"]["samples"] * 64 == 2048 and own["calibration"]["text"] == "self"
     seeds = whole("seeds", "--bits", "2", "--variants", "seed 0", "seed 4")
     main(seeds)
@@ -141,6 +141,8 @@ def test_runs_are_complete():
         assert len({(run.variant, run.bits) for run in listed}) == len(listed) > 0, name
         for run in listed:
             choose(**run.changes)
+    long = argparse.Namespace(calib="c4", samples=64, seq_len=4096, seed=0, bits=[2])
+    assert [run.samples for run in runs.calibration(long)][1:] == [1, 2, 4, 8, 16, 32, 64]
     steps = {run.variant: choose(**run.changes) for run in runs.incoherence(args)}
     assert steps["rescale + transform + range"] == choose("paper")
     assert steps["none"]["incoherence"] == "none" and "none, no permutation" not in steps
@@ -222,7 +224,9 @@ def test_bad_input_is_one_line(arguments, tmp_path, capsys):
     for wrong, message in (
         (["example-layers", *arguments, "--out", str(tmp_path / "x")], "has no layer model.layers.10.self_attn.q_proj"),
         (["layers", *arguments[:-1], "9999"], "text too short"),
-        (["methods", *arguments, "--variants", "best"], "unknown variant: there are near, optq"),
+        (["methods", *arguments, "--variants", "near", "best"], "unknown variant best: there are near, optq"),
+        (["methods", *arguments, "--dtype", "int8"], "--dtype must be a floating-point type such as bfloat16, got"),
+        (["methods", *arguments, "--dtype", "best"], "--dtype must be a floating-point type such as bfloat16, got"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(wrong)
@@ -242,7 +246,9 @@ def test_scales_of_rows(model_folder):
     before = copy.deepcopy(model)
     samples = torch.randint(257, (4, 32), generator=torch.Generator().manual_seed(0))
     reports = quantize_rows(model, samples, 3, method="near", incoherence="none")
-    assert len(reports) == 14 and all(x["bits_per_weight"] > 3 for x in reports.values())
+    weights = sum(W.numel() for name, W in before.named_parameters() if "proj" in name)
+    rows = sum(len(W) for name, W in before.named_parameters() if "proj" in name)
+    assert len(reports) == 14 and row_sizes(reports, 3) == {"bits_per_weight": 3 + 32 * rows / weights}
     for name, p in model.named_parameters():
         W = before.get_parameter(name)
         if "proj" not in name:

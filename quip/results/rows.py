@@ -12,7 +12,7 @@ from quip.algorithm import quantize_matrix
 from quip.families import block_calls, decoder_blocks, quantizable, run_block, weight
 from quip.methods import matrix_arguments
 from quip.models import Progress, input_moments, layer_seed
-from quip.plan import make_plan
+from quip.plan import Plan, make_plan
 
 
 @torch.no_grad()
@@ -41,11 +41,16 @@ def quantize_rows(
     return reports
 
 
-def round_rows(W: torch.Tensor, H: torch.Tensor, plan, name: str) -> tuple[torch.Tensor, dict]:
+def round_rows(W: torch.Tensor, H: torch.Tensor, plan: Plan, name: str) -> tuple[torch.Tensor, dict]:
     """Ŵ `(m, n)`, float64, and the report of its layer; W `(m, n)`, H `(n, n)`."""
     r = W.double().abs().amax(1, keepdim=True)
     r = torch.where(r > 0, r, 1.0)
     arguments = matrix_arguments(plan.choices, layer_seed(plan.seed, f"{name}/rounding"))
     q = quantize_matrix(W / r, H, plan.bits, name=name, **arguments)
-    bits_per_weight = plan.bits + 32 / W.shape[1]  # a scale in float32 for each row
-    return q.dequantize() * r, {"bits_per_weight": bits_per_weight, **q.report}
+    return q.dequantize() * r, {"shape": list(W.shape), **q.report}
+
+
+def row_sizes(reports: dict[str, dict], bits: int) -> dict:
+    """Bits per quantized weight if each row had a scale in float32; no file is written that has them."""
+    shapes = [report["shape"] for report in reports.values()]
+    return {"bits_per_weight": bits + 32 * sum(m for m, _ in shapes) / sum(m * n for m, n in shapes)}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+
+from quip.errors import QuipError
 
 SELF = "self"  # calibration text that the unquantized model wrote
 
@@ -27,12 +28,8 @@ class Run:
 
 
 NONE = {"incoherence": "none"}
-OWN = {
-    **NONE,
-    "alpha": 0.01,
-    "center": "mean",
-    "rho": "max",
-}  # as OPTQ has it: the grid of a row reaches its largest weight
+# As OPTQ has it: the grid of a row reaches its largest weight.
+OWN = {**NONE, "alpha": 0.01, "center": "mean", "rho": "max"}
 METHODS = {
     "near": {"method": "near", **OWN},
     "optq": {"method": "optq", **OWN},
@@ -85,12 +82,15 @@ def passes(args: argparse.Namespace) -> list[Run]:
 
 def calibration(args: argparse.Namespace) -> list[Run]:
     """Calibration sets from 2k to 256k tokens, and text that the model wrote itself beside the text given"""
-    one = 2048 // args.seq_len
-    sizes = [
-        replace(run, variant=f"{2 << k}k tokens", samples=one << k) for k in range(8) for run in varied(args, {"": {}})
-    ]
     own = [replace(run, variant="its own text", calib=SELF) for run in varied(args, {"": {}})]
-    return sizes + own
+    # the smallest first: a text that runs short ends the experiment
+    sizes = [
+        replace(run, variant=f"{2 << k}k tokens", samples=(2048 << k) // args.seq_len)
+        for k in range(8)
+        if 2048 << k >= args.seq_len
+        for run in varied(args, {"": {}})
+    ]
+    return own + sizes
 
 
 def seeds(args: argparse.Namespace) -> list[Run]:
@@ -107,6 +107,9 @@ def zeroshot(args: argparse.Namespace) -> list[Run]:
 EXPERIMENTS = {f.__name__: f for f in (methods, incoherence, passes, calibration, seeds, zeroshot)}
 
 
-def select(runs: Iterable[Run], variants: list[str] | None) -> Iterator[Run]:
-    """The runs of the variants that were asked for."""
-    return (run for run in runs if variants is None or run.variant in variants)
+def select(runs: list[Run], variants: list[str] | None) -> list[Run]:
+    """The runs of the variants that were asked for. Raises `QuipError` for a variant that the experiment has not."""
+    known = dict.fromkeys(run.variant for run in runs)
+    if unknown := [name for name in variants or () if name not in known]:
+        raise QuipError(f"unknown variant {', '.join(unknown)}: there are {', '.join(known)}")
+    return [run for run in runs if variants is None or run.variant in variants]

@@ -20,7 +20,7 @@ from quip.info import checkpoint_info, mean_loss
 from quip.loading import load_model
 from quip.methods import choose
 from quip.results.record import provenance, short_name, write_record
-from quip.results.rows import quantize_rows
+from quip.results.rows import quantize_rows, row_sizes
 from quip.results.runs import SELF, Run, select
 
 
@@ -28,9 +28,7 @@ def experiment(name: str, runs_of: Callable[[argparse.Namespace], list[Run]]) ->
     """The experiment `name`: its runs on `--model`, whose rows are added to what its record has already."""
 
     def run(args: argparse.Namespace) -> None:
-        chosen = list(select(runs_of(args), args.variants))
-        if not chosen:
-            raise QuipError(f"unknown variant: there are {', '.join(dict.fromkeys(x.variant for x in runs_of(args)))}")
+        chosen = select(runs_of(args), args.variants)
         bench = Bench(args, name == "zeroshot")
         out = Path(args.out or f"book/results/{name}.json")
         for _ in print_rows(shown(row) for row in bench.rows([None, *chosen], out)):
@@ -50,7 +48,9 @@ class Bench:
     """A model, and the texts, or else the zero-shot tasks, on which every quantized copy of it is measured."""
 
     def __init__(self, args: argparse.Namespace, zeroshot: bool = False):
-        dtype = getattr(torch, args.dtype) if args.dtype else None
+        dtype = getattr(torch, args.dtype, None) if args.dtype else None
+        if args.dtype and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise QuipError(f"--dtype must be a floating-point type such as bfloat16, got {args.dtype!r}")
         self.name, self.command = short_name(args.model), args.command
         self.model, self.tokenizer = load_model(args.model, pick_device(args.device), dtype)
         self.window = min(args.eval_len, getattr(self.model.config, "max_position_embeddings", args.eval_len))
@@ -106,7 +106,7 @@ class Bench:
             reports = quantize(copied, samples, run.bits, run.seed, progress=ProgressBar(), **run.changes)
             more["seconds"] = round(time.perf_counter() - start)
             more["mean_loss"] = mean_loss(reports)
-            more |= {} if run.rows else self.sizes(copied, reports)
+            more |= row_sizes(reports, run.bits) if run.rows else self.sizes(copied, reports)
         more["perplexity"] = {source: self.perplexity(copied, ids) for source, ids in self.texts.items()}
         if self.tasks:
             more["accuracy"] = tasks.run_tasks(copied, self.tokenizer, self.tasks, self.limit)
