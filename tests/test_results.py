@@ -171,6 +171,20 @@ def test_kernels(tmp_path, monkeypatch):
     assert {r["batch"] for r in record["rows"]} == {1, 8, 32}
 
 
+def test_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr("quip.bench.STREAMED", 2**14)
+    monkeypatch.setattr("quip.results.speed.PROMPTS", ((24, 70),))
+    threads = torch.get_num_threads()
+    main(["prompts", "--bits", "3", "--out", str(tmp_path / "p.json")])
+    torch.set_num_threads(threads)
+    record = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert record["about"]["threads"] == 1
+    assert [(r["m"], r["n"], r["bits"], r["batch"], r["stage"]) for r in record["rows"]] == [
+        (24, 70, 3, batch, "layer") for batch in (32, 128, 512, 2048)
+    ]
+    assert all(r["ratio_bf16"] > 0 and r["ratio_fp32"] > 0 for r in record["rows"])
+
+
 def test_generate(arguments, tmp_path, monkeypatch):
     few = bench.bench_generate
     monkeypatch.setattr(

@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "example-layers": hessians.run_example_layers,
     "defaults": defaults.run_defaults,
     "kernels": speed.run_kernels,
+    "prompts": speed.run_prompts,
     "generate": speed.run_generate,
     "cuda": speed.run_cuda,
     "needs": speed.run_needs,

@@ -28,6 +28,18 @@ def run_kernels(args: argparse.Namespace) -> None:
     write_record(args.out or "book/results/kernels.json", {"about": about, "rows": rows})
 
 
+PROMPTS = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
+
+
+def run_prompts(args: argparse.Namespace) -> None:
+    """Speed of packed layers on one thread of the CPU for prompts of 32 to 2048 tokens, beside dense ones"""
+    torch.set_num_threads(1)
+    about = {"command": args.command, **provenance(torch.device("cpu")), "backend": cpu.backend(), "threads": 1}
+    found = bench.bench_kernels(PROMPTS, args.bits, batches=(32, 128, 512, 2048))
+    rows = list(print_rows(row for row in found if row["stage"] == "layer"))
+    write_record(args.out or "book/results/prompts.json", {"about": about, "rows": rows})
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """Tokens a second of --model quantized (calibrated on --samples), beside --model in bfloat16, batch 1"""
     model, tokenizer, samples, about = calibrated(args)
