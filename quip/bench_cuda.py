@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -143,12 +144,7 @@ def random_llama(bits: int, layers: int, shape: dict) -> torch.nn.Module:
     transforms = {}  # of each width, copied into each layer
     for name, layer in list(model.model.layers.named_modules()):
         if isinstance(layer, torch.nn.Linear) and bits < 16:
-            packed = QuantizedLinear(layer.in_features, layer.out_features, bits).to("cuda")
-            packed.qweight.random_(0, 256)
-            packed.scale.fill_(0.02)
-            for side, width in (("V", layer.in_features), ("U", layer.out_features)):
-                transform = transforms.setdefault(width, make_transform(width, 1).to("cuda"))
-                setattr(packed, side, copy.deepcopy(transform))
+            packed = random_layer(layer.out_features, layer.in_features, bits, transforms)
             model.model.layers.set_submodule(name, packed)
     for name, old in list(model.named_parameters()):
         owner, _, key = name.rpartition(".")
@@ -156,6 +152,45 @@ def random_llama(bits: int, layers: int, shape: dict) -> torch.nn.Module:
         setattr(model.get_submodule(owner), key, torch.nn.Parameter(value.half().to("cuda"), requires_grad=False))
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
     return model.eval()
+
+
+def random_layer(m: int, n: int, bits: int, transforms: dict) -> QuantizedLinear:
+    """A layer of random codes on the GPU; `transforms` has those of each width that was needed so far."""
+    layer = QuantizedLinear(n, m, bits).to("cuda")
+    layer.qweight.random_(0, 256)
+    layer.scale.fill_(0.02)
+    for side, width in (("V", n), ("U", m)):
+        if width not in transforms:
+            transforms[width] = make_transform(width, 1).to("cuda")
+        setattr(layer, side, copy.deepcopy(transforms[width]))
+    return layer
+
+
+@torch.no_grad()
+def bench_calls(sizes=SIZES[:1], widths=(2,), calls: int = 1000) -> Iterator[dict]:
+    """Time layers in float16 that Python calls one after the other, batch 1, as a model does without a CUDA graph.
+
+    Rows: m, n, bits, us (of the layer), dense_us (of `torch.nn.Linear`).
+    """
+    need_device()
+    for m, n in sizes:
+        x = torch.randn(1, n, dtype=torch.float16, device="cuda")
+        dense = torch.nn.Linear(n, m, bias=False, dtype=torch.float16, device="cuda")
+        for bits in widths:
+            ours, plain = (1e6 * call_seconds(f, x, calls) for f in (random_layer(m, n, bits, {}), dense))
+            yield {"m": m, "n": n, "bits": bits, "us": ours, "dense_us": plain}
+
+
+def call_seconds(run: Callable, x: torch.Tensor, calls: int) -> float:
+    """Seconds of a call from Python, when many follow one another."""
+    for _ in range(10):
+        run(x)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run(x)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
 
 
 def decode_seconds(model: torch.nn.Module, steps: int = 50) -> float:

@@ -1,13 +1,17 @@
 """The CUDA kernels on a GPU. On a machine without one, all of these are skipped."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
 
 import quip.cuda as cuda
-from quip import bench_cuda
+from quip import bench_cuda, data, load_model
 from quip.algorithm import quantize_matrix
+from quip.evaluate import perplexity
 from quip.kernels import QuantizedLinear
+from quip.pipeline import quantize_to_folder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.available(), reason=cuda.reason() or "available")]
 
@@ -92,6 +96,8 @@ def test_benchmarks(monkeypatch):
     monkeypatch.setattr(bench_cuda, "STREAMED", 2**20)
     (row,) = bench_cuda.bench_kernels([(256, 512)], widths=(2,), batches=(1,))
     assert row["us"] > 0 and row["ratio"] == row["dense_us"] / row["us"] and row["error"] < 1e-3
+    (row,) = bench_cuda.bench_calls([(256, 512)], calls=10)
+    assert row["us"] > 0 and row["dense_us"] > 0
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "vocab_size": 512}
     rows = list(bench_cuda.bench_decode((2, 16), layers=2, shape=shape))
     assert [row["bits"] for row in rows] == [16, 2] and all(row["ms_per_token"] > 0 for row in rows)
@@ -102,3 +108,46 @@ def test_on_another_device():
     args, exact, _ = random_layer(64, 64, 1, 2, torch.float16, 0)
     y = cuda.linear(*to(args, "cuda:1"))
     assert y.device.index == 1 and relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
+
+
+OPT = Path(__file__).parent.parent / "book/data/opt"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """The folder of the small OPT, quantized to 4 bits on the device."""
+    out = tmp_path_factory.mktemp("gpu") / "opt"
+    text = str(OPT / "calibration.txt")
+    quantize_to_folder(str(OPT), out, bits=4, calibration=text, samples=48, seq_len=256, device="cuda")
+    return out
+
+
+def test_a_model_quantized_on_the_device(quantized):
+    # statistics, rounding, packing, saving; what is saved runs there and on a CPU
+    text = data.load_text(str(OPT / "evaluation.txt"))
+    ppl = {}
+    for name, source, device in (("dense", OPT, "cpu"), ("cpu", quantized, "cpu"), ("cuda", quantized, "cuda")):
+        model, tokenizer = load_model(str(source), device)
+        ppl[name] = perplexity(model.float(), data.tokenize(tokenizer, text)[:8192], 256, progress=False)["ppl"]
+    assert ppl["cuda"] == pytest.approx(ppl["cpu"], rel=1e-3)
+    assert ppl["cuda"] < 1.03 * ppl["dense"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_text_from_a_quantized_model(quantized, dtype):
+    model, tokenizer = load_model(str(quantized), "cuda", dtype)
+    ids = tokenizer("import", return_tensors="pt").input_ids.cuda()
+    # the very token may differ by rounding; what both think of one text may not
+    text = model.generate(ids, max_new_tokens=20, do_sample=False)
+    assert text.shape == (1, ids.shape[1] + 20)
+    expected = load_model(str(quantized), "cpu")[0](text.cpu()).logits
+    assert relative(model(text).logits.cpu(), expected.double()) < 0.03
+
+
+def test_a_quantized_model_compiles(quantized):
+    model, tokenizer = load_model(str(quantized), "cuda", torch.float16)
+    ids = tokenizer("import torch", return_tensors="pt").input_ids.cuda()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, use_cache=False).logits
+    assert relative(compiled, expected.double()) < 0.02

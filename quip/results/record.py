@@ -55,6 +55,11 @@ def provenance(device: torch.device) -> dict:
     }
 
 
+def read_record(path: str | Path) -> dict:
+    """A record as it is; empty if there is none yet."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+
+
 def write_record(path: str | Path, record: dict, quiet: bool = False) -> None:
     """Write a record as JSON, its figures to four digits, and null what is not finite; all at once or not at all."""
 

@@ -17,7 +17,7 @@ from quip import bench, bench_cuda, cpu, models, needs
 from quip.cli import ProgressBar, print_rows
 from quip.errors import QuipError
 from quip.info import checkpoint_info
-from quip.results.record import calibrated, provenance, short_name, write_record
+from quip.results.record import calibrated, provenance, read_record, short_name, write_record
 
 
 def run_kernels(args: argparse.Namespace) -> None:
@@ -64,11 +64,15 @@ def run_cuda(args: argparse.Namespace) -> None:
     bench_cuda.need_device()
     about = {"command": args.command, **provenance(torch.device("cuda"))}
     about["read_gb_per_s"] = bench_cuda.read_bandwidth() / 1e9
-    rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512))))
+    rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512, 2048))))
     wide = bench_cuda.bench_kernels(bench_cuda.SIZES[:1], args.bits[:1], (1,), torch.float32)
     rows += print_rows(wide)
     decode = list(print_rows(bench_cuda.bench_decode((*args.bits, 16))))
-    write_record(args.out or "book/results/cuda.json", {"about": about, "rows": rows, "decode": decode})
+    eager = list(print_rows(bench_cuda.bench_calls(widths=args.bits)))
+    out = Path(args.out or "book/results/cuda.json")
+    # what kernels that are no more took on that card stays
+    first = {"first": old["first"]} if (old := read_record(out)).get("first") else {}
+    write_record(out, {"about": about, "rows": rows, **first, "decode": decode, "eager": eager})
 
 
 def run_needs(args: argparse.Namespace) -> None:

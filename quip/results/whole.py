@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from quip.errors import QuipError
 from quip.info import checkpoint_info, mean_loss
 from quip.loading import load_model
 from quip.methods import choose
-from quip.results.record import provenance, short_name, write_record
+from quip.results.record import provenance, read_record, short_name, write_record
 from quip.results.rows import quantize_rows, row_sizes
 from quip.results.runs import SELF, Run, select
 
@@ -178,7 +177,4 @@ def find(wanted: dict, *records: list[dict]) -> dict | None:
 
 def recorded(path: Path) -> list[dict]:
     """The rows of a record of whole models; none if there is no such file, or it is another kind of record."""
-    if not path.exists():
-        return []
-    rows = json.loads(path.read_text(encoding="utf-8")).get("rows", [])
-    return [row for row in rows if "perplexity" in row]
+    return [row for row in read_record(path).get("rows", []) if "perplexity" in row]
