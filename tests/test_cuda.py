@@ -5,6 +5,7 @@ import ctypes
 import pickle
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,7 +282,6 @@ def run_layer(source, m=42, n=70, seed=1):
     text = "\n".join((cuda.COMMON, cuda.UNPACK, cuda.TENSOR, source))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_load", lambda device, bits: Emulator(text, bits, seed))
-        patch.setattr(torch, "empty", lambda *size, **kinds: torch.full(size, torch.nan, **kinds))  # as it may be
         return relative(cuda.linear(*args), exact)
 
 
@@ -716,6 +716,61 @@ def test_arguments_of_a_launch(monkeypatch, capability):
     ]
     assert driver.set == [(function, "shared", 50000)]
     assert driver.stack == [] and kernels.context == ("context", ("device", 1))
+
+
+@pytest.mark.parametrize("capability", [7, 9])
+def test_a_plan_is_prepared_once_and_filled_in_each_time(monkeypatch, capability):
+    driver, stream = FakeDriver(capability), [77]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(driver=driver))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream[0], raising=False)
+    kernels, plan = cuda._Kernels(torch.device("cuda", 1), b"program"), cuda._Plan()
+    first, second = plan.take(5), plan.take(3, 2, dtype=torch.float16)
+    assert (first.offset, second.offset, plan.bytes) == (0, 256, 512)
+    plan.add("a", (2, 3), cuda._Place(cuda.X), second, -4, 0.5, early=True)
+    plan.add("b", (1, 1), second, cuda._Place(cuda.Y), 7, 1.5, threads=64)
+    calls = [[torch.ones(4), torch.ones(4), plan.room("cpu")] for _ in range(3)]
+    for stream[0], tensors in zip((77, 77, 78), calls, strict=True):
+        kernels.run(plan, *tensors)
+    expected = []
+    for number, (x, y, room) in zip((77, 77, 78), calls, strict=True):
+        a = (b"program", b"a"), (2, 3, 1), (256, 1, 1), 0, number, [x.data_ptr(), room.data_ptr() + 256, -4, 0.5]
+        b = (b"program", b"b"), (1, 1, 1), (64, 1, 1), 0, number, [room.data_ptr() + 256, y.data_ptr(), 7, 1.5]
+        expected += [("early", *a) if capability >= 9 else a, b]
+    assert driver.launched == expected and driver.stack == []
+    assert len(plan.prepared) == 2  # one for each stream
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kernels.run, plan, *calls[0]).result()
+    assert len(plan.prepared) == 3  # and another for a second thread, that could come in between
+
+
+@emulated
+@pytest.mark.parametrize("dtype", TYPES)
+def test_plans_of_a_layer(emulate, dtype):
+    emulate()
+    (x, *rest), exact, _ = random_layer(67, 134, 9, 2, dtype, 0)
+    call = cuda.Call(134, *rest[:3], *rest[5:], *rest[3], *rest[4])
+    for batch in (9, 2, 9, 40, 9):  # the first is not kept: its first kernel must not start early
+        assert relative(call(x[:batch]), exact[:batch]) < 4 * TOLERANCE[dtype]
+    assert list(call.plans) == [(2, dtype), (9, dtype)]
+    plan = call.plans[9, dtype]
+    assert all(launch.options["early"] for launch in plan.launches) and call(x) is not call(x)
+    assert [x.name for x in plan.only("multiply").launches] == [
+        "multiply_32" if dtype == torch.float32 else "multiply_16"
+    ]
+    bias = rest[6]
+    bias += 1  # where it lies: a plan holds addresses, not values
+    assert relative(call(x), exact + 1) < 4 * TOLERANCE[dtype]
+
+
+@emulated
+def test_a_bias_of_another_type_is_rounded_anew(emulate):
+    emulate()
+    (x, *rest), exact, _ = random_layer(20, 30, 2, 2, torch.float16, 0)
+    call = cuda.Call(30, *rest[:2], 2, rest[5], bias := rest[6].float(), *rest[3], *rest[4])
+    call(x)
+    call(x)
+    bias += 1
+    assert relative(call(x), exact + 1) < 4 * TOLERANCE[torch.float16]
 
 
 def test_an_error_of_the_driver_is_a_quip_error():

@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU. On a machine without one, all of these are skipped."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_quantized_layer():
         assert relative(moved(x.cuda()).cpu(), expected.double()) < 1e-4
     assert isinstance(moved.call, cuda.Call)
     assert relative(moved.to("cpu")(x), expected.double()) < 1e-6
+
+
+def test_a_layer_called_again_and_again():
+    args, exact, _ = random_layer(576, 1536, 40, 2, torch.float16, 0)
+    x, packed, scale, bits, V, U, rescale, bias = to(args)
+    call = cuda.Call(1536, packed, scale, bits, rescale, bias, *V, *U)
+
+    def run(batches):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for batch in batches:
+                y = call(x[40 - batch :])
+                assert relative(y.cpu(), exact[40 - batch :]) < 4 * TOLERANCE[torch.float16]
+
+    run([1, 3, 1, 40, 8, 1, 3])
+    with ThreadPoolExecutor(4) as pool:  # each its own stream, all of them one layer
+        list(pool.map(run, [[1, 8, 1] * 20] * 4))
 
 
 def test_benchmarks(monkeypatch):
