@@ -91,7 +91,7 @@ def bench_kernels(sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repe
             layers = random_layers(m, n, bits, seed)
             for batch in batches:
                 x = torch.randn(batch, n)
-                for stage, function in stages(bits).items():
+                for stage, function in stages().items():
                     times = fastest_streams(
                         {
                             "ours": [partial(function, layer, x) for layer in layers],
@@ -112,12 +112,12 @@ def bench_kernels(sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repe
         del dense
 
 
-def stages(bits: int) -> dict[str, Callable]:
+def stages() -> dict[str, Callable]:
     """What is timed: functions of a layer and its inputs. The product alone is timed where the CPU kernel runs."""
     layer = {"layer": lambda layer, x: layer(x)}
     if cpu.library() is None:
         return layer
-    return {"multiply": lambda layer, x: cpu.multiply(x, layer.qweight, layer.scale, bits), **layer}
+    return {"multiply": lambda layer, x: layer.prepared().multiply(x), **layer}
 
 
 def random_layers(m: int, n: int, bits: int, seed: int) -> list[QuantizedLinear]:

@@ -178,6 +178,12 @@ class Call(Unsaved):
             return x.dtype == torch.bfloat16 and batch * (self.n + self.m) >= MADE * self.n * self.m
         return batch >= self.n * PAYS[backend()]
 
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`scale · x Cᵀ` alone, of contiguous float32 x `(batch, n)`."""
+        y = x.new_empty(len(x), self.m)
+        failed = library().quip_multiply(self.at, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads())
+        return enough_memory(failed, y)
+
     def by_prompt(self, x: torch.Tensor) -> torch.Tensor:
         """The layer for many vectors in bfloat16, which has AMX multiply by codes that become bfloat16 in the cache."""
         y = x.new_empty(*x.shape[:-1], self.m)
@@ -290,10 +296,7 @@ def multiply(x: torch.Tensor, qweight: torch.Tensor, scale: torch.Tensor, bits: 
     """`scale · x Cᵀ` alone, of float32 x `(batch, n)`; the product in the middle of `linear`."""
     if x.dtype != torch.float32 or not x.is_contiguous():
         raise QuipError(f"x must be contiguous float32, got {x.dtype}")
-    call, y = Call(x.shape[-1], qweight, scale, bits), x.new_empty(len(x), len(qweight))
-    if library().quip_multiply(call.at, x.data_ptr(), y.data_ptr(), len(x), torch.get_num_threads()):
-        raise MemoryError(f"no memory for the product with {call.m} x {call.n} weights")
-    return y
+    return Call(x.shape[-1], qweight, scale, bits).multiply(x)
 
 
 def read(data: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from . import cpu, cuda
 from .algorithm import QuantizedMatrix
 from .errors import QuipError
 from .incoherence import kronecker_transform, make_transform
+from .pages import in_huge_pages
 
 # %% ../book/09_kernels.ipynb #kernels-13
 GROUP = 64  # columns: rows are filled up to whole groups, so that each begins at a multiple of 8 bytes
@@ -239,6 +240,8 @@ class QuantizedLinear(torch.nn.Module):
         if self.call is None or not self.call.is_current(self._buffers):
             able = cuda.available() if kind == "cuda" else kind == "cpu" and cpu.can_hold(*self.tensors())
             made = cuda.Call if kind == "cuda" else cpu.Call
+            if able and kind == "cpu":
+                self.qweight.data = in_huge_pages(self.qweight)
             self.call = made(self.in_features, *self.tensors()) if able else None
         return self.call
 

@@ -13,10 +13,14 @@
 
 namespace {
 
+#define APART 1
 constexpr int ROWS = 4, TILE_ROWS = 2, TILE = 4, LANES = 16;
 using Sum = __m512i;
 
 inline void multiply_add(Sum &sum, Vec code, Vec digit) { sum = _mm512_dpbusd_epi32(sum, code, digit); }
+
+// sum += part / 2^shift, without a remainder
+inline void add_part(Sum &sum, Sum part, int shift) { sum = _mm512_add_epi32(sum, _mm512_srai_epi32(part, shift)); }
 
 template <int R, int T>
 inline void flush(Sum (&)[R][T][2], int64_t) {}

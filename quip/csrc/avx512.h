@@ -29,4 +29,10 @@ inline Vec field(Vec packed, int k) {
     return _mm512_and_si512(_mm512_srli_epi16(packed, 8 / FIELDS * k), _mm512_set1_epi8((1 << 8 / FIELDS) - 1));
 }
 
+// The code where it lies: times 2^(8 / FIELDS k).
+template <int FIELDS>
+inline Vec masked(Vec packed, int k) {
+    return _mm512_and_si512(packed, _mm512_set1_epi8(static_cast<char>(((1 << 8 / FIELDS) - 1) << 8 / FIELDS * k)));
+}
+
 }  // namespace

@@ -28,7 +28,7 @@ uint64_t quip_read(const void *data, int64_t bytes, int64_t threads) {
     for (int64_t i = 0; i < lines; i++) {
         uint64_t line[8];
         std::memcpy(line, static_cast<const uint8_t *>(data) + 64 * i, 64);
-        fetch(static_cast<const uint8_t *>(data) + 64 * i + 4096);
+        fetch(static_cast<const uint8_t *>(data) + 64 * i + 8192);
         for (uint64_t word : line) all ^= word;
     }
     return all;
