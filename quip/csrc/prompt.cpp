@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t BLOCK = 1 << 20;  // numbers of activations at a time
 constexpr int64_t LEAST = 128, LARGEST = 512;  // activations at a time
-constexpr int64_t SUMS = 1 << 16;  // at a time, in 32 bits, so that they stay in a core's cache
+constexpr int64_t SUMS = 1 << 17;  // at a time, in 32 bits, so that they stay in a core's cache
 
 // Room that begins where a line of the cache does, as tiles like it.
 template <class T>

@@ -4,7 +4,7 @@
 #include "quip.h"
 
 constexpr int64_t STRIP = 16;
-constexpr int64_t DEEP = 9;  // groups of 64 columns unpacked at a time: 36 KB for 32 rows, which stay in the smallest cache
+constexpr int64_t DEEP = 4;  // groups of 64 columns unpacked at a time: 16 KB for 32 rows, which stay in the smallest cache
 constexpr int64_t PANEL = DEEP * 64 * 32;
 
 // A factor of a transform, (rows, inner), in tiles of 16 rows and 32 columns, filled up with zeros; each tile twice: of

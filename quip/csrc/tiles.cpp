@@ -97,23 +97,33 @@ void arrange_as(const uint16_t *columns, int64_t groups, uint16_t *z) {
                                                  half(columns + column<BITS>(t, k + 1) * STRIP)));
 }
 
+// The odd numbers, of 16 bits, and by how much each copy of a group's bytes is shifted.
+template <int BITS>
+struct Tables {
+    alignas(64) uint16_t numbers[32] = {}, shifts[2][32] = {}, high_shifts[2][32] = {};
+
+    constexpr Tables() {
+        constexpr int SIZE = BITS == 4 ? 4 : 2, COPIES = 8 / SIZE, TOP = (1 << BITS) - 1;
+        for (int i = 0; i < 32; i++) {
+            const int number = 2 * (i & TOP) - TOP, size = number < 0 ? -number : number;
+            int exponent = 0;
+            while (size >> (exponent + 1)) exponent++;
+            numbers[i] = (number < 0) << 15 | (127 + exponent) << 7 | (size - (1 << exponent)) << (7 - exponent);
+            for (int t = 0; t < 2; t++) {
+                high_shifts[t][i] = t * COPIES + i / (32 / COPIES);
+                shifts[t][i] = SIZE * high_shifts[t][i];
+            }
+        }
+    }
+};
+
 // Groups of a row of codes as odd numbers. A group's bytes are repeated so that they fill a vector, and each copy is
 // shifted to another of its codes; the lowest bits of every 16 then choose the number from a table.
 template <int BITS>
 void unpack(const uint8_t *row, int64_t groups, int64_t first, int64_t last, uint16_t *out) {
-    constexpr int SIZE = BITS == 4 ? 4 : 2, COPIES = 8 / SIZE, TOP = (1 << BITS) - 1;
-    alignas(64) uint16_t table[32], shifts[2][32], high_shifts[2][32];
-    for (int i = 0; i < 32; i++) {
-        const float number = static_cast<float>(2 * (i & TOP) - TOP);
-        uint32_t word;
-        __builtin_memcpy(&word, &number, 4);
-        table[i] = word >> 16;
-        for (int t = 0; t < 2; t++) {
-            high_shifts[t][i] = t * COPIES + i / (32 / COPIES);
-            shifts[t][i] = SIZE * high_shifts[t][i];
-        }
-    }
-    const __m512i numbers = _mm512_load_si512(table);
+    constexpr int SIZE = BITS == 4 ? 4 : 2;
+    static constexpr Tables<BITS> tables;
+    const __m512i numbers = _mm512_load_si512(tables.numbers);
     for (int64_t g = first; g < last; g++, out += 2 * 1024) {
         const uint8_t *p = row + g * 8 * SIZE;
         const __m512i v = BITS == 4 ? _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)))
@@ -124,10 +134,10 @@ void unpack(const uint8_t *row, int64_t groups, int64_t first, int64_t last, uin
             h = _mm512_slli_epi16(_mm512_broadcast_i32x4(_mm_cvtepu8_epi16(bytes)), 2);
         }
         for (int t = 0; t < 2; t++) {
-            __m512i code = _mm512_srlv_epi16(v, _mm512_load_si512(shifts[t]));
+            __m512i code = _mm512_srlv_epi16(v, _mm512_load_si512(tables.shifts[t]));
             if (BITS == 3)  // bits 0 and 1 of code, bit 2 of the shifted high bits
                 code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), code,
-                                                 _mm512_srlv_epi16(h, _mm512_load_si512(high_shifts[t])), 0xCA);
+                                                 _mm512_srlv_epi16(h, _mm512_load_si512(tables.high_shifts[t])), 0xCA);
             _mm512_store_si512(out + t * 1024, _mm512_permutexvar_epi16(code, numbers));
         }
     }
@@ -216,13 +226,17 @@ void amx_scatter(const uint16_t *from, const int64_t *perm, const float *bias, i
 // What is stored is not loaded as a tile at once, which would have to wait: four steps are taken together.
 constexpr int64_t TOGETHER = 4;
 
+// From one row of pairs to the next: a line of the cache more than it takes, since at a power of two all would share a
+// few places of the smallest cache.
+inline int64_t padded(const Factor &L) { return L.steps * 512 + 32; }
+
 int64_t amx_spare(const Factor &L, const Factor &R) {
     const int64_t blocks = L.blocks > R.blocks ? L.blocks : R.blocks;
-    return 2 * TOGETHER * blocks * 256 + TOGETHER * R.steps * 512 + R.rows * L.steps * 512;
+    return 2 * TOGETHER * blocks * 256 + TOGETHER * R.steps * 512 + R.rows * padded(L);
 }
 
 void amx_kronecker(const Factor &L, const Factor &R, uint16_t *X, uint16_t *spare) {
-    const int64_t p = L.rows, q = R.rows, deep = L.steps * 512;
+    const int64_t p = L.rows, q = R.rows, deep = padded(L);
     const int64_t blocks = L.blocks > R.blocks ? L.blocks : R.blocks;
     float *out = reinterpret_cast<float *>(spare);
     uint16_t *b = spare + 2 * TOGETHER * blocks * 256, *Y = b + TOGETHER * R.steps * 512;
