@@ -22,11 +22,23 @@ inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_m
 
 inline __m256i narrow(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
 
-// a0 b0 a1 b1 ... of the columns a and b
-inline __m512i interleave(__m256i a, __m256i b) {
+inline __m512i narrow(__m512 a, __m512 b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }  // a, then b
+
+// a0 b0 a1 b1 ... of the columns a and b, which are the halves of a vector; and back
+inline __m512i interleave(__m512i columns) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+    return _mm512_permutexvar_epi16(order, columns);
+}
+
+inline __m512i separate(__m512i pairs) {
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22,
+                                           20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutexvar_epi16(order, pairs);
+}
+
+inline __m512i interleave(__m256i a, __m256i b) {
+    return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
 }
 
 // All tiles with 16 rows of 64 bytes.
@@ -76,8 +88,7 @@ void times(const Factor &f, const uint16_t *b, float *out) {
 void pair_up(const uint16_t *X, int64_t count, int64_t steps, uint16_t *b) {
     const __m256i zero = _mm256_setzero_si256();
     int64_t k = 0;
-    for (; k + 1 < count; k += 2)
-        _mm512_store_si512(b + k * STRIP, interleave(half(X + k * STRIP), half(X + (k + 1) * STRIP)));
+    for (; k + 1 < count; k += 2) _mm512_store_si512(b + k * STRIP, interleave(_mm512_loadu_si512(X + k * STRIP)));
     if (k < count) _mm512_store_si512(b + k * STRIP, interleave(half(X + k * STRIP), zero)), k += 2;
     for (; k < 32 * steps; k += 2) _mm512_store_si512(b + k * STRIP, _mm512_setzero_si512());
 }
@@ -189,8 +200,9 @@ void amx_bring(const uint16_t *x, int64_t n, int64_t count, uint16_t *columns) {
         __m512i v[16] = {};
         for (int64_t t = 0; t < count; t++) v[t] = _mm512_maskz_loadu_epi16(valid, x + t * n + j);
         transpose(v);
-        for (int64_t i = 0; i < some; i++)
-            put(columns + i * STRIP, _mm512_cvtepi32_epi16(i % 2 ? _mm512_srli_epi32(v[i / 2], 16) : v[i / 2]));
+        int64_t i = 0;
+        for (; i + 1 < some; i += 2) _mm512_storeu_si512(columns + i * STRIP, separate(v[i / 2]));
+        if (i < some) put(columns + i * STRIP, _mm512_castsi512_si256(separate(v[i / 2])));
     }
 }
 
@@ -198,10 +210,10 @@ void amx_take(const uint16_t *columns, int64_t m, int64_t count, uint16_t *y) {
     for (int64_t j = 0; j < m; j += 32, columns += 32 * STRIP) {
         const int64_t some = m - j < 32 ? m - j : 32;
         const __mmask32 valid = some == 32 ? ~0u : (1u << some) - 1;
-        const __m256i zero = _mm256_setzero_si256();
         __m512i v[16] = {};
-        for (int64_t i = 0; i < some; i += 2)
-            v[i / 2] = interleave(half(columns + i * STRIP), i + 1 < some ? half(columns + (i + 1) * STRIP) : zero);
+        int64_t i = 0;
+        for (; i + 1 < some; i += 2) v[i / 2] = interleave(_mm512_loadu_si512(columns + i * STRIP));
+        if (i < some) v[i / 2] = interleave(half(columns + i * STRIP), _mm256_setzero_si256());
         transpose(v);
         for (int64_t t = 0; t < count; t++) _mm512_mask_storeu_epi16(y + t * m + j, valid, v[t]);
     }
@@ -223,43 +235,46 @@ void amx_scatter(const uint16_t *from, const int64_t *perm, const float *bias, i
     }
 }
 
-// What is stored is not loaded as a tile at once, which would have to wait: four steps are taken together.
-constexpr int64_t TOGETHER = 4;
-
 // From one row of pairs to the next: a line of the cache more than it takes, since at a power of two all would share a
 // few places of the smallest cache.
 inline int64_t padded(const Factor &L) { return L.steps * 512 + 32; }
 
 int64_t amx_spare(const Factor &L, const Factor &R) {
     const int64_t blocks = L.blocks > R.blocks ? L.blocks : R.blocks;
-    return 2 * TOGETHER * blocks * 256 + TOGETHER * R.steps * 512 + R.rows * padded(L);
+    return 8 * blocks * 256 + 4 * R.steps * 512 + R.rows * padded(L);
 }
 
+// Two at a time, in a pipeline: while some are multiplied, those after them become pairs, and those before them 16 bits.
+// So tiles and vectors work at once, and nothing is loaded as a tile when it has just been stored, which would have to wait.
 void amx_kronecker(const Factor &L, const Factor &R, uint16_t *X, uint16_t *spare) {
-    const int64_t p = L.rows, q = R.rows, deep = padded(L);
-    const int64_t blocks = L.blocks > R.blocks ? L.blocks : R.blocks;
+    const int64_t p = L.rows, q = R.rows, deep = padded(L), room = 256 * (L.blocks > R.blocks ? L.blocks : R.blocks);
     float *out = reinterpret_cast<float *>(spare);
-    uint16_t *b = spare + 2 * TOGETHER * blocks * 256, *Y = b + TOGETHER * R.steps * 512;
+    uint16_t *b = spare + 8 * room, *Y = b + 4 * R.steps * 512;
+    const auto sums = [&](int64_t i) { return out + i % 4 * room; };
+    const auto pairs = [&](int64_t i) { return b + i % 4 * R.steps * 512; };
     whole_tiles();
-    for (int64_t i = 0; i < p; i += TOGETHER) {
-        const int64_t some = p - i < TOGETHER ? p - i : TOGETHER;
-        for (int64_t h = 0; h < some; h++) pair_up(X + (i + h) * q * STRIP, q, R.steps, b + h * R.steps * 512);
-        for (int64_t h = 0; h < some; h++) times(R, b + h * R.steps * 512, out + h * R.blocks * 256);
-        for (int64_t h = 0; h < some; h += 2)
-            for (int64_t j = 0; j < q; j++) {
-                const float *even = out + h * R.blocks * 256 + 16 * j;
-                const __m512 odd = h + 1 < some ? _mm512_load_ps(even + R.blocks * 256) : _mm512_setzero_ps();
-                _mm512_store_si512(Y + j * deep + (i + h) * STRIP, interleave(narrow(_mm512_load_ps(even)), narrow(odd)));
+    for (int64_t i = 0; i < p + 4; i += 2) {
+        for (int64_t h = i; h < i + 2 && h < p; h++) pair_up(X + h * q * STRIP, q, R.steps, pairs(h));
+        for (int64_t h = i - 2; h >= 0 && h < i && h < p; h++) times(R, pairs(h), sums(h));
+        if (i >= 4)
+            for (int64_t j = 0, h = i - 4; j < q; j++) {
+                const __m512 odd = h + 1 < p ? _mm512_load_ps(sums(h + 1) + 16 * j) : _mm512_setzero_ps();
+                _mm512_store_si512(Y + j * deep + h * STRIP, interleave(narrow(_mm512_load_ps(sums(h) + 16 * j), odd)));
             }
     }
     for (int64_t i = (p + 1) / 2 * 2; i < 32 * L.steps; i += 2)
         for (int64_t j = 0; j < q; j++) _mm512_store_si512(Y + j * deep + i * STRIP, _mm512_setzero_si512());
-    for (int64_t j = 0; j < q; j += TOGETHER) {
-        const int64_t some = q - j < TOGETHER ? q - j : TOGETHER;
-        for (int64_t h = 0; h < some; h++) times(L, Y + (j + h) * deep, out + h * L.blocks * 256);
-        for (int64_t i = 0; i < p; i++)
-            for (int64_t h = 0; h < some; h++)
-                put(X + (i * q + j + h) * STRIP, narrow(_mm512_load_ps(out + h * L.blocks * 256 + 16 * i)));
+    for (int64_t j = 0; j < q + 2; j += 2) {
+        for (int64_t h = j; h < j + 2 && h < q; h++) times(L, Y + h * deep, sums(h));
+        if (j >= 2)
+            for (int64_t i = 0, h = j - 2; i < p; i++) {
+                const __m512 first = _mm512_load_ps(sums(h) + 16 * i);
+                uint16_t *to = X + (i * q + h) * STRIP;
+                if (h + 1 < q)
+                    _mm512_storeu_si512(to, narrow(first, _mm512_load_ps(sums(h + 1) + 16 * i)));
+                else
+                    put(to, narrow(first));
+            }
     }
     _tile_release();
 }
