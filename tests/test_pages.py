@@ -220,7 +220,8 @@ def test_nothing_is_cut_off_on_a_phone(reader):
         reader.page.set_viewport_size({"width": 1280, "height": 900})
 
 
-# Formulas that take the whole line and have their number beside them, and code that is cut off without a sign.
+# Formulas that take the whole line and have their number beside them, code that is cut off without a sign, and formulas
+# within a line that are wider than it.
 CUT = """() => {
   const end = e => e.getBoundingClientRect();
   const numbered = [...document.querySelectorAll('article div.math:has(> .eqno)')].filter(e => {
@@ -230,7 +231,9 @@ CUT = """() => {
   const faded = e => parseFloat(getComputedStyle(e).getPropertyValue('--fade')) > 0;
   const sharp = [...document.querySelectorAll('article div.highlight pre')].filter(
     e => CSS.supports('animation-timeline: scroll()') && faded(e) != e.scrollWidth > e.clientWidth);
-  return [...numbered, ...sharp].map(e => e.textContent.slice(0, 80));
+  const inline = [...document.querySelectorAll('article span.math mjx-container')].filter(
+    e => end(e.querySelector('mjx-math')).width > end(e).width + 4);
+  return [...numbered, ...sharp, ...inline].map(e => e.textContent.slice(0, 80));
 }"""
 
 
