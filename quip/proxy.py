@@ -97,7 +97,7 @@ class SecondMoment:
 
     @property
     def H(self) -> torch.Tensor:
-        """The estimate so far: `(n, n)`, float64, symmetric. Raises `QuipError` before the first token."""
+        """The estimate so far, `(n, n)` in float64, symmetric. Raises `QuipError` before the first token."""
         if self.tokens == 0:
             raise QuipError("no calibration tokens have been seen: H is undefined")
         self._flush()

@@ -116,7 +116,7 @@ FORMULAS = """() => {
 }"""
 PROSE = """() => {
   const article = document.querySelector('article')?.cloneNode(true);
-  article?.querySelectorAll('pre, code, mjx-container, script, style').forEach(e => e.remove());
+  article?.querySelectorAll('pre, code, mjx-container, script, style, .quip').forEach(e => e.remove());
   return article ? article.textContent : '';
 }"""
 
@@ -124,6 +124,7 @@ PROSE = """() => {
 def test_mathematics_and_markup_are_rendered(reader):
     assert reader.page.evaluate(FORMULAS) == {"unrendered": [], "errors": [], "empty": []}
     prose = reader.page.evaluate(PROSE)
+    assert not re.findall(r".{0,30}\d [%×].{0,30}", prose), "the line may break there"
     assert not re.findall(r".{0,30}(?:\$\$|\\\(|\\\[|:::|\{[a-z:]+\}`|\bTODO\b).{0,30}", prose)
 
 
@@ -219,6 +220,31 @@ def test_nothing_is_cut_off_on_a_phone(reader):
         reader.page.set_viewport_size({"width": 1280, "height": 900})
 
 
+# Formulas that take the whole line and have their number beside them, code that is cut off without a sign, and formulas
+# within a line that are wider than it.
+CUT = """() => {
+  const end = e => e.getBoundingClientRect();
+  const numbered = [...document.querySelectorAll('article div.math:has(> .eqno)')].filter(e => {
+    const box = end(e.querySelector('mjx-container')), formula = end(e.querySelector('mjx-math'));
+    return formula.right > box.right + 1 && end(e.querySelector('.eqno')).top < box.bottom - 5;
+  });
+  const faded = e => parseFloat(getComputedStyle(e).getPropertyValue('--fade')) > 0;
+  const sharp = [...document.querySelectorAll('article div.highlight pre')].filter(
+    e => CSS.supports('animation-timeline: scroll()') && faded(e) != e.scrollWidth > e.clientWidth);
+  const inline = [...document.querySelectorAll('article span.math mjx-container')].filter(
+    e => end(e.querySelector('mjx-math')).width > end(e).width + 4);
+  return [...numbered, ...sharp, ...inline].map(e => e.textContent.slice(0, 80));
+}"""
+
+
+def test_what_goes_on_beyond_the_edge_says_so_on_a_phone(reader):
+    reader.page.set_viewport_size({"width": 390, "height": 844})
+    try:
+        assert reader.page.evaluate(CUT) == []
+    finally:
+        reader.page.set_viewport_size({"width": 1280, "height": 900})
+
+
 # What a mouse can use and the tab key does not stop at.
 UNREACHED = """() => {
   const kinds = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [onclick], [role=button]';
@@ -231,6 +257,23 @@ UNREACHED = """() => {
 
 def test_every_control_is_reached_by_the_tab_key(reader):
     assert reader.page.evaluate(UNREACHED) == []
+
+
+# The tab key stops, and nothing shows where; or it stops at every formula.
+UNSEEN = """async () => {
+  const unseen = [...document.querySelectorAll('article mjx-container[tabindex="0"]')];
+  const settled = () => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
+  for (const button of document.querySelectorAll('article button.toggle-button')) {
+    button.focus({focusVisible: true});
+    await settled();
+    if (getComputedStyle(button).outlineStyle === 'none') unseen.push(button);
+  }
+  return unseen.map(e => e.outerHTML.slice(0, 120)).slice(0, 5);
+}"""
+
+
+def test_the_tab_key_stops_at_controls_and_shows_where(reader):
+    assert reader.page.evaluate(UNSEEN) == []
 
 
 # A label belongs to the first element in it that can have one, which need not be the slider that was meant.

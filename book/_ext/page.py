@@ -1,8 +1,9 @@
 """Sphinx extension: what every page needs, whoever wrote it.
 
 Search engines and shared links show a description, so a page gets one: its first paragraph. A browser may break a line
-between a formula and the comma behind it, so the two are kept together. And Jupyter Book puts Thebe into every page,
-which runs code on a server far away and declares its constants twice, an error; it is taken out.
+between a formula or code and the comma behind it or the bracket before it, so these are kept together; and within 10 %
+and 4096 × 4096, so the blanks there become such as do not break. And Jupyter Book puts Thebe into every page, which
+runs code on a server far away and declares its constants twice, an error; it is taken out.
 """
 
 import re
@@ -11,6 +12,8 @@ from html import escape
 from docutils import nodes
 
 AFTER = re.compile(r"^[,.;:!?)\]’”]+")  # what must not begin a line
+BEFORE = re.compile(r"[(\[‘“]+$")  # what must not end one
+WITHIN = re.compile(r"(?<=\d) (?=[%×])|(?<=×) (?=\d)")  # blanks that do not break
 LONGEST = 300  # characters of a description
 
 
@@ -28,15 +31,28 @@ def add_description(app, pagename, templatename, context, doctree) -> None:
         context["metatags"] = context.get("metatags", "") + f'\n<meta name="description" content="{escape(text)}" />'
 
 
+def cut(neighbour: nodes.Node, marks: re.Pattern) -> str:
+    """What of `marks` a neighbouring text has next to the formula; it is taken out of the text."""
+    if not isinstance(neighbour, nodes.Text) or not (mark := marks.search(neighbour)):
+        return ""
+    neighbour.parent.replace(neighbour, nodes.Text(neighbour[: mark.start()] + neighbour[mark.end() :]))
+    return mark[0]
+
+
 def keep_together(app, doctree) -> None:
-    for formula in list(doctree.findall(nodes.math)):
-        follower = formula.next_node(descend=False, siblings=True)
-        if not isinstance(follower, nodes.Text) or not (mark := AFTER.match(follower)):
-            continue
-        formula.parent.replace(follower, nodes.Text(follower[mark.end() :]))
-        together = nodes.inline(classes=["together"])
-        formula.replace_self(together)
-        together += [formula, nodes.Text(mark[0])]
+    for formula in list(doctree.findall(lambda node: isinstance(node, (nodes.math, nodes.literal)))):
+        place, siblings = formula.parent.index(formula), formula.parent.children
+        before = cut(siblings[place - 1], BEFORE) if place else ""
+        after = cut(siblings[place + 1], AFTER) if place + 1 < len(siblings) else ""
+        if before or after:
+            together = nodes.inline(classes=["together"])
+            formula.replace_self(together)
+            together += [nodes.Text(before), formula, nodes.Text(after)]
+    code = (nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw)
+    for element in doctree.findall(lambda node: isinstance(node, nodes.Element) and not isinstance(node, code)):
+        for i, child in enumerate(element.children):
+            if isinstance(child, nodes.Text) and WITHIN.search(child):
+                element[i] = nodes.Text(WITHIN.sub("\N{NO-BREAK SPACE}", child))
 
 
 def leave_out_thebe(app, config) -> None:
