@@ -119,7 +119,7 @@ const start = (root) => {
     drawnAt = plot.clientWidth;
     const width = Math.max(drawnAt, 280);
     const height = Math.min(420, Math.max(300, width * 0.62));
-    const [left, bottom, top, right] = [58, 46, 14, 16];
+    const [left, bottom, top, right] = [70, 46, 14, 16];
     const keep = current && current.row;
     const shown = rows.filter((row) => Object.keys(off).every((key) => !off[key].has(row[key])));
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "application" });
