@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cpu import Unsaved
+from .cpu import Unsaved, address
 from .errors import QuipError
 from .incoherence import kronecker_multiply
 
@@ -630,7 +630,7 @@ class _Plan:
 
 
 class _Kernels:
-    """Compiled kernels on one device: in its context, called with a kernel's name, the grid, and its arguments.
+    """Compiled kernels on one device, in its context: `run` starts those of a plan, a call with a name one of them.
 
     `early` lets a kernel start while the one before it still runs, where the device can do that; it has to wait itself
     before it reads what that one writes.
@@ -657,11 +657,11 @@ class _Kernels:
 
     def __call__(self, name: str, grid: tuple[int, int], *args, **options) -> None:
         with self:
-            self._prepare(_Launch(name, grid, args, options), self._stream())(())
+            self._prepare(_Launch(name, grid, args, options), self.stream())(())
 
     def run(self, plan: _Plan, *tensors: torch.Tensor) -> None:
         """Start all kernels of a plan: x, y and its room are contiguous, on the device."""
-        key = stream, _ = self._stream(), get_ident()  # what is prepared, one thread at a time fills in
+        key = stream, _ = self.stream(), get_ident()  # what is prepared, one thread at a time fills in
         addresses = [tensor.data_ptr() for tensor in tensors]
         with self:
             if key not in plan.prepared:
@@ -669,8 +669,12 @@ class _Kernels:
             for start in plan.prepared[key]:
                 start(addresses)
 
-    def _stream(self) -> int:
+    def stream(self) -> int:
         return torch._C._cuda_getCurrentRawStream(self.device.index)
+
+    def recording(self) -> bool:
+        """Whether a CUDA graph records what is started, and nothing runs."""
+        return torch.cuda.is_current_stream_capturing()
 
     def _prepare(self, launch: _Launch, stream: int) -> Callable[[Sequence[int]], None]:
         """What starts a kernel on a stream, given the addresses of a call's tensors."""
@@ -851,6 +855,7 @@ class Call(Unsaved):
         self.perm_v, self.stages_v = _check_transform("V", n, v_perm, v_factors, device)
         self.perm_u, self.stages_u = _check_transform("U", self.m, u_perm, u_factors, device)
         self.tensors = qweight, scale, rescale, bias
+        self.addresses = tuple(map(address, self.tensors))
         self.qweight, self.scale, self.bias = _aligned(qweight), scale, bias
         self.rescale = None if rescale is None else rescale.contiguous()
         self.kernels, self.plans, self.halves, self.started = _load(device, bits), {}, {}, False
@@ -858,9 +863,10 @@ class Call(Unsaved):
         self.fused = self.m <= MOST_ROWS and 16 * (-(-n // 4) + factors) + 1024 <= self.kernels.room
 
     def is_current(self, buffers: dict) -> bool:
-        """Whether the layer's tensors are still the ones that were checked."""
+        """Whether the layer's tensors are still the ones that were checked, and where they were."""
         now = buffers["qweight"], buffers["scale"], buffers["rescale"], buffers["bias"]
-        return all(a is b for a, b in zip(now, self.tensors, strict=True))
+        same = all(a is b for a, b in zip(now, self.tensors, strict=True))
+        return same and tuple(map(address, now)) == self.addresses
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether x, of one of `TYPES`, has the right width and device."""
@@ -874,12 +880,13 @@ class Call(Unsaved):
             return self._dense(x.reshape(batch, self.n)).view(*x.shape[:-1], self.m)
         y, plan = x.new_empty(*x.shape[:-1], self.m), self.plan(batch, x.dtype)
         self.kernels.run(plan, x.contiguous(), y, plan.room(x.device))
+        self.started = True
         return y
 
     def plan(self, batch: int, dtype: torch.dtype) -> _Plan:
         """The kernels for so many vectors of a type: made once, but for the very first call and a bias to be rounded.
 
-        What wrote the layer's tensors has to have ended before the very first kernel starts.
+        The very first kernel of a layer does not start early: what wrote the layer's tensors may still run.
         """
         plan = self.plans.get((batch, dtype))
         if plan is None:
@@ -887,8 +894,7 @@ class Call(Unsaved):
             self._backward(plan, self._product(plan, *self._forward(plan, batch, dtype)), dtype)
             if not self.started:
                 plan.launches[0].options["early"] = False
-                self.started = True
-            elif self.bias is None or self.bias.dtype == dtype:
+            elif self.bias is None or (self.bias.dtype == dtype and self.bias.is_contiguous()):
                 self.plans[batch, dtype] = plan
         return plan
 
@@ -955,12 +961,16 @@ class Call(Unsaved):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _rounded(self, dtype: torch.dtype) -> tuple:
-        """The stages of V and of Uᵀ in a type, and the permutation of Uᵀ; made once."""
-        if dtype not in self.halves:
-            stages_v = [(offset, L.to(dtype), R.to(dtype)) for offset, _, _, L, R in self.stages_v]
-            stages_u = [(offset, L.T.to(dtype), R.T.to(dtype)) for offset, _, _, L, R in reversed(self.stages_u)]
-            self.halves[dtype] = stages_v, stages_u, None if self.perm_u is None else self.perm_u.argsort()
-        return self.halves[dtype]
+        """The stages of V and of Uᵀ in a type, and the permutation of Uᵀ; made once for each stream."""
+        key = dtype, self.kernels.stream()
+        if key in self.halves:
+            return self.halves[key]
+        stages_v = [(offset, L.to(dtype), R.to(dtype)) for offset, _, _, L, R in self.stages_v]
+        stages_u = [(offset, L.T.to(dtype), R.T.to(dtype)) for offset, _, _, L, R in reversed(self.stages_u)]
+        made = stages_v, stages_u, None if self.perm_u is None else self.perm_u.argsort()
+        if not self.kernels.recording():
+            self.halves[key] = made
+        return made
 
 # %% ../book/09_cuda.ipynb #cuda-52
 def unpack(

@@ -234,14 +234,17 @@ class QuantizedLinear(torch.nn.Module):
         return b["qweight"], b["scale"], self.bits, b["rescale"], b["bias"], *self.V.tensors(), *self.U.tensors()
 
     def prepared(self, kind: str = "cpu") -> cpu.Call | cuda.Call | None:
-        """The call of a kernel for such a device, made once for this layer. None where that cannot run it."""
+        """The call of a kernel for such a device, made once for this layer. None where that cannot run it.
+
+        On a CPU this moves large codes to huge pages: who holds `qweight` from before holds another tensor.
+        """
         if self.V is None or self.qweight.device.type != kind:
             return None
         if self.call is None or not self.call.is_current(self._buffers):
             able = cuda.available() if kind == "cuda" else kind == "cpu" and cpu.can_hold(*self.tensors())
             made = cuda.Call if kind == "cuda" else cpu.Call
-            if able and kind == "cpu":
-                self.qweight.data = in_huge_pages(self.qweight)
+            if kind == "cpu" and (able := able and self.in_features <= cpu.WIDEST):
+                self._buffers["qweight"] = in_huge_pages(self.qweight)  # calls under way keep the old one
             self.call = made(self.in_features, *self.tensors()) if able else None
         return self.call
 

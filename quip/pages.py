@@ -24,13 +24,18 @@ def page_size() -> int:
 def in_huge_pages(t: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor on the CPU, itself or a copy of it in huge pages, as far as it fills any.
 
-    What processes share stays where it is. The copy's storage is just as large as the tensor.
+    What processes share stays where it is, and everything does where the system gives no more memory. The storage of a
+    copy is just as large as the tensor.
     """
     size = page_size()
     if not size or t.nbytes < size or t.data_ptr() % size == 0 or t.is_shared():
         return t
-    room = mmap.mmap(-1, t.nbytes + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % size
-    room.madvise(mmap.MADV_HUGEPAGE, start, t.nbytes // size * size)
-    copy = torch.frombuffer(room, dtype=t.dtype, count=t.numel(), offset=start)
-    return copy.view(t.shape).copy_(t)
+    with torch.inference_mode(False):  # the copy is to be an ordinary tensor, whoever asks
+        try:
+            room = mmap.mmap(-1, t.nbytes + size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            start = -torch.frombuffer(room, dtype=torch.uint8, count=1).data_ptr() % size
+            room.madvise(mmap.MADV_HUGEPAGE, start, t.nbytes // size * size)
+        except OSError:
+            return t
+        copy = torch.frombuffer(room, dtype=t.dtype, count=t.numel(), offset=start)
+        return copy.view(t.shape).copy_(t)

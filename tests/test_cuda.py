@@ -753,13 +753,42 @@ def test_plans_of_a_layer(emulate, dtype):
         assert relative(call(x[:batch]), exact[:batch]) < 4 * TOLERANCE[dtype]
     assert list(call.plans) == [(2, dtype), (9, dtype)]
     plan = call.plans[9, dtype]
-    assert all(launch.options["early"] for launch in plan.launches) and call(x) is not call(x)
+    assert all(launch.options["early"] for launch in plan.launches)
+    first, second = call(x), call(x)
+    assert first.data_ptr() != second.data_ptr() and torch.equal(first, second)
     assert [x.name for x in plan.only("multiply").launches] == [
         "multiply_32" if dtype == torch.float32 else "multiply_16"
     ]
     bias = rest[6]
     bias += 1  # where it lies: a plan holds addresses, not values
     assert relative(call(x), exact + 1) < 4 * TOLERANCE[dtype]
+
+
+@emulated
+def test_a_call_is_current_while_its_tensors_stay_where_they_were(emulate):
+    emulate()
+    names = "qweight", "scale", "rescale", "bias"
+    (_, packed, scale, bits, V, U, rescale, bias), _, _ = random_layer(20, 30, 2, 2, torch.float32, 0)
+    buffers = dict(zip(names, (packed, scale, rescale, bias), strict=True))
+    call = cuda.Call(30, packed, scale, bits, rescale, bias, *V, *U)
+    assert call.is_current(buffers)
+    assert not call.is_current(buffers | {"bias": bias.clone()})
+    packed.data = packed.clone()
+    assert not call.is_current(buffers)
+
+
+@emulated
+def test_prompts_round_the_factors_once_but_not_in_a_recording(emulate, monkeypatch):
+    emulate()
+    args, exact, _ = random_layer(67, 42, 40, 2, torch.float16, 0)
+    x, packed, scale, bits, V, U, rescale, bias = args
+    call = cuda.Call(42, packed, scale, bits, rescale, bias, *V, *U)
+    monkeypatch.setattr(Emulator, "recording", lambda self: True)
+    assert relative(call(x), exact) < 4 * TOLERANCE[torch.float16] and not call.halves
+    monkeypatch.setattr(Emulator, "recording", lambda self: False)
+    call(x)
+    (kept,) = call.halves.values()
+    assert relative(call(x), exact) < 4 * TOLERANCE[torch.float16] and call._rounded(torch.float16) is kept
 
 
 @emulated

@@ -3,6 +3,8 @@
 import copy
 import io
 import mmap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +60,36 @@ def test_systems_that_do_not_know_them(monkeypatch):
 
 
 @huge
+def test_without_memory_nothing_moves(monkeypatch):
+    def none(*args, **kinds):
+        raise OSError(12, "Cannot allocate memory")
+
+    t = torch.zeros(pages.page_size() + 1, dtype=torch.uint8)
+    monkeypatch.setattr(mmap, "mmap", none)
+    assert pages.in_huge_pages(t) is t
+
+
+@huge
+@kernel
+def test_first_calls_of_several_threads():
+    # each may move the codes while another multiplies by them
+    m, n = 4096, 8192
+    for seed in range(3):
+        layer = QuantizedLinear(n, m, 2)
+        layer.qweight.copy_(pack(random_codes(m, n, 2, seed), 2))
+        layer.V, layer.U = make_transform(n, 1), make_transform(m, 2)
+        x, start = torch.randn(1, n), threading.Barrier(4)
+
+        def call(i, layer=layer, x=x, start=start):
+            start.wait()
+            return layer(x)
+
+        with ThreadPoolExecutor(4) as pool:
+            first, *others = pool.map(call, range(4))
+        assert all(torch.equal(y, first) for y in others) and torch.equal(layer(x), first)
+
+
+@huge
 @kernel
 def test_a_layer_moves_its_codes_once():
     m, n = 4096, 4096 + 64
@@ -69,6 +101,7 @@ def test_a_layer_moves_its_codes_once():
         x.V, x.U = (make_transform(width, seed) for width, seed in ((n, 1), (m, 2)))
     with torch.inference_mode():  # as whoever calls it may have it
         layer(torch.ones(1, n))
+    assert not layer.qweight.is_inference()
     before, x = layer.qweight, torch.randn(3, n, generator=torch.Generator().manual_seed(0))
     y = layer(x)
     assert layer.qweight is before and before.data_ptr() % pages.page_size() == 0

@@ -62,6 +62,9 @@ def run_generate(args: argparse.Namespace) -> None:
 def run_cuda(args: argparse.Namespace) -> None:
     """Speed of packed layers, and of a Llama of 7B's shape with random weights, on a GPU beside float16"""
     bench_cuda.need_device()
+    out = Path(args.out or "book/results/cuda.json")
+    # what kernels that are no more took on that card stays
+    first = {"first": old["first"]} if (old := read_record(out)).get("first") else {}
     about = {"command": args.command, **provenance(torch.device("cuda"))}
     about["read_gb_per_s"] = bench_cuda.read_bandwidth() / 1e9
     rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512, 2048))))
@@ -69,9 +72,6 @@ def run_cuda(args: argparse.Namespace) -> None:
     rows += print_rows(wide)
     decode = list(print_rows(bench_cuda.bench_decode((*args.bits, 16))))
     eager = list(print_rows(bench_cuda.bench_calls(widths=args.bits)))
-    out = Path(args.out or "book/results/cuda.json")
-    # what kernels that are no more took on that card stays
-    first = {"first": old["first"]} if (old := read_record(out)).get("first") else {}
     write_record(out, {"about": about, "rows": rows, **first, "decode": decode, "eager": eager})
 
 
