@@ -245,6 +245,16 @@ def test_what_goes_on_beyond_the_edge_says_so_on_a_phone(reader):
         reader.page.set_viewport_size({"width": 1280, "height": 900})
 
 
+# Formulas that a screen of usual width cuts off.
+CUT_ANYWHERE = """() => [...document.querySelectorAll('article div.math mjx-container')].filter(
+  e => e.querySelector('mjx-math').getBoundingClientRect().right > e.getBoundingClientRect().right + 1
+).map(e => e.textContent.slice(0, 80))"""
+
+
+def test_formulas_fit_a_screen(reader):
+    assert reader.page.evaluate(CUT_ANYWHERE) == []
+
+
 # What a mouse can use and the tab key does not stop at.
 UNREACHED = """() => {
   const kinds = 'a[href], button, input:not([type=hidden]), select, textarea, summary, [onclick], [role=button]';
