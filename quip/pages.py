@@ -22,7 +22,7 @@ def page_size() -> int:
 
 
 def in_huge_pages(t: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor on the CPU, itself or a copy of it in huge pages, as far as it fills any.
+    """A contiguous tensor on the CPU, itself or a copy of it in huge pages, as far as it fills any; :ref:`ch-kernels`.
 
     What processes share stays where it is, and everything does where the system gives no more memory. The storage of a
     copy is just as large as the tensor.
