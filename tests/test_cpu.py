@@ -18,7 +18,7 @@ from quip import calls as cpu_calls
 from quip import cpu
 from quip.errors import QuipError
 from quip.incoherence import KroneckerTransform
-from quip.kernels import centred, linear, linear_torch, pack
+from quip.kernels import QuantizedLinear, centred, linear, linear_torch, pack
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = cpu.backends()[:-1]
@@ -114,6 +114,17 @@ def test_sums_of_the_widest_and_largest_fit():
             cpu.use(name)
             assert cpu.multiply(torch.ones(1, n), qweight, scale, bits).item() == n
         cpu.use(BACKENDS[0])
+
+
+@needs_kernel
+def test_wider_layers_run_without_the_kernel():
+    n = cpu.WIDEST + 64
+    layer = QuantizedLinear(n, 2, 2)
+    layer.V, layer.U = KroneckerTransform(n, 1), KroneckerTransform(2, 2)
+    layer.qweight.copy_(pack(random_codes(2, n, 2), 2))
+    x = torch.randn(1, n, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), linear_torch(x, *layer.tensors()))
+    assert layer.prepared() is None
 
 
 # the layer
