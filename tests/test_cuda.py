@@ -726,8 +726,8 @@ def test_a_plan_is_prepared_once_and_filled_in_each_time(monkeypatch, capability
     kernels, plan = cuda._Kernels(torch.device("cuda", 1), b"program"), cuda._Plan()
     first, second = plan.take(5), plan.take(3, 2, dtype=torch.float16)
     assert (first.offset, second.offset, plan.bytes) == (0, 256, 512)
-    plan.add("a", (2, 3), cuda._Place(cuda.X), second, -4, 0.5, early=True)
-    plan.add("b", (1, 1), second, cuda._Place(cuda.Y), 7, 1.5, threads=64)
+    plan.add("a", (2, 3), cuda._Place(cuda._X), second, -4, 0.5, early=True)
+    plan.add("b", (1, 1), second, cuda._Place(cuda._Y), 7, 1.5, threads=64)
     calls = [[torch.ones(4), torch.ones(4), plan.room("cpu")] for _ in range(3)]
     for stream[0], tensors in zip((77, 77, 78), calls, strict=True):
         kernels.run(plan, *tensors)
