@@ -15,7 +15,7 @@ from quip.errors import QuipError
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum quip_dtype
 LONG = 32  # activations, from which on other ways may pay
 PAYS = {"avx512": 1 / 2, "neon": 1 / 2, "avx2": 1 / 4, "portable": 1 / 32}  # and does; for each column
-MADE = 5  # see Call.pays_dense
+MADE, LIGHT = 2, 2700  # see Call.pays_dense
 WIDEST = 2**16  # columns whose sums certainly fit 32 bits
 
 
@@ -171,11 +171,13 @@ class Call(Unsaved):
         """Whether a dense matrix, once it is made, earns back what making it costs. By measurement.
 
         With AMX, never but in bfloat16: there, making it costs `MADE` times as much for each of its m n weights as
-        `by_prompt` takes longer than a dense product for each of the n + m numbers of a vector.
+        `by_prompt` takes longer than a dense product for each of the n + m numbers of a vector, the transforms. But in
+        large layers its product of codes is the faster one: `LIGHT` weights less time than a number more.
         """
         batch = x.numel() // self.n
         if backend() == "amx":
-            return x.dtype == torch.bfloat16 and batch * (self.n + self.m) >= MADE * self.n * self.m
+            weights = self.n * self.m
+            return x.dtype == torch.bfloat16 and batch * (self.n + self.m - weights / LIGHT) >= MADE * weights
         return batch >= self.n * PAYS[backend()]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,11 @@
 #include <vector>
 
 #include "layer.h"
+#include "prompt.h"
 
 namespace {
 
-constexpr int64_t PANEL = 64;  // columns at a time on the side of U
+constexpr int64_t WIDE = 64;  // columns at a time on the side of U
 
 // What the codes in a byte, of either stream, stand for: the first stream's in full, the second's beside them.
 struct Table {
@@ -69,17 +70,23 @@ void columns_of(const quip_layer &l, const Backend &b, const float *M, int64_t f
 
 int quip_dense(const quip_layer *l, void *W, int64_t dtype, int64_t threads) try {
     const Backend &b = chosen();
+#if defined(HAS_AMX)
+    if (&b == &amx_backend && dtype == QUIP_BFLOAT16) {
+        amx_fold(*l, static_cast<uint16_t *>(W), threads);
+        return 0;
+    }
+#endif
     const Table table(*l);
     const auto f = dtype == QUIP_FLOAT32 ? columns_of<QUIP_FLOAT32> : dtype == QUIP_FLOAT16 ? columns_of<QUIP_FLOAT16> : columns_of<QUIP_BFLOAT16>;
-    const int64_t size = std::max((l->n + 63) / 64 * 64, l->m * std::min(PANEL, l->n));
+    const int64_t size = std::max((l->n + 63) / 64 * 64, l->m * std::min(WIDE, l->n));
     std::vector<float> own(dtype == QUIP_FLOAT32 ? 0 : l->m * l->n), x(threads * size), spare(threads * size);
     float *M = dtype == QUIP_FLOAT32 ? static_cast<float *>(W) : own.data();
     together(threads, [&](const Team &team) {
         float *z = x.data() + team.thread * size, *room = spare.data() + team.thread * size;
         for (int64_t i = team.thread; i < l->m; i += team.size) row_of(*l, b, table, i, z, room, M);
         team.wait();
-        for (int64_t j = team.thread * PANEL; j < l->n; j += team.size * PANEL)
-            f(*l, b, M, j, std::min(PANEL, l->n - j), z, room, W);
+        for (int64_t j = team.thread * WIDE; j < l->n; j += team.size * WIDE)
+            f(*l, b, M, j, std::min(WIDE, l->n - j), z, room, W);
     });
     return 0;
 } catch (const std::bad_alloc &) {

@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "factors.h"
 #include "layer.h"
 
 #if defined(HAS_AMX)
@@ -14,77 +15,20 @@ constexpr int64_t BLOCK = 1 << 20;  // numbers of activations at a time
 constexpr int64_t LEAST = 128, LARGEST = 512;  // activations at a time
 constexpr int64_t SUMS = 1 << 17;  // at a time, in 32 bits, so that they stay in a core's cache
 
-// Room that begins where a line of the cache does, as tiles like it.
-template <class T>
-struct Lines {
-    std::vector<T> own;
-
-    void grow(int64_t n) {
-        if (static_cast<int64_t>(own.size()) < n + 64) own.resize(n + 64);
-    }
-
-    T *data() { return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(own.data()) + 63) / 64 * 64); }
-};
-
-// A (rows, inner), A(i, k) at A[i * row_step + k * step], as tiles.
-struct Tiled {
-    Factor factor;
-    Lines<uint16_t> own;
-
-    Tiled(const float *A, int64_t rows, int64_t inner, int64_t row_step, int64_t step)
-        : factor{rows, inner, (rows + 15) / 16, (inner + 31) / 32, nullptr} {
-        own.grow(factor.blocks * factor.steps * 1024);
-        factor.tiles = own.data();
-        for (int64_t i = 0; i < rows; i++)
-            for (int64_t k = 0; k < inner; k++) {
-                const float a = A[i * row_step + k * step];
-                uint16_t *at = own.data() + (i / 16 * factor.steps + k / 32) * 1024 + i % 16 * 32 + k % 32;
-                at[0] = float_to_bfloat16(a);
-                at[512] = float_to_bfloat16(a - bfloat16_to_float(at[0]));
-            }
-    }
-
-    Tiled(Tiled &&) = default;  // a vector that is moved keeps its address
-    Tiled(const Tiled &) = delete;
-};
-
-// Both factors of a Kronecker product, and where it begins.
-struct Product {
-    int64_t offset;
-    Tiled L, R;
-
-    static Product forward(const quip_stage &s) {
-        return {s.offset, {s.L, s.p, s.p, s.p, 1}, {s.R, s.q, s.q, s.q, 1}};
-    }
-
-    static Product backward(const quip_stage &s) {
-        return {s.offset, {s.L, s.p, s.p, 1, s.p}, {s.R, s.q, s.q, 1, s.q}};
-    }
-};
-
 struct Prompt {
     const quip_layer &l;
     int64_t groups, most, rows;  // of columns; activations at a time; and rows
-    std::vector<Product> V, U;
+    Products V, U;
     std::vector<float> bias;
 
-    Prompt(const quip_layer &layer, int64_t batch, int64_t threads) : l(layer), groups((layer.n + 63) / 64) {
+    Prompt(const quip_layer &layer, int64_t batch, int64_t threads)
+        : l(layer), groups((layer.n + 63) / 64), V(forward(layer.V)), U(backward(layer.U)) {
         most = std::min(std::min(std::max(BLOCK / l.n / 32 * 32, LEAST), LARGEST), (batch + 31) / 32 * 32);
-        rows = std::min(SUMS / most / 32 * 32, ((l.m + threads - 1) / threads + 31) / 32 * 32);
-        for (int64_t i = 0; i < l.V.stages; i++) V.push_back(Product::forward(l.V.stage[i]));
-        for (int64_t i = l.U.stages; i-- > 0;) U.push_back(Product::backward(l.U.stage[i]));
+        rows = std::min(SUMS / most / ROWS, ((l.m + threads - 1) / threads + ROWS - 1) / ROWS) * ROWS;
         for (int64_t i = 0; l.bias && i < l.m; i++) bias.push_back(read(l.bias, l.bias_dtype, i));
     }
 
     int64_t widest() const { return std::max(groups * 64, l.m) * STRIP; }
-
-    // for one product of a transform
-    int64_t spare() const {
-        int64_t most = widest();
-        for (const auto *t : {&V, &U})
-            for (const Product &k : *t) most = std::max(most, amx_spare(k.L.factor, k.R.factor));
-        return most;
-    }
 };
 
 struct Room {
@@ -102,7 +46,7 @@ struct Room {
         if (static_cast<int64_t>(of.size()) < threads) of.resize(threads);
         for (Own &own : of) {
             own.one.grow(p.widest());
-            own.other.grow(p.spare());
+            own.other.grow(std::max(p.widest(), std::max(spare_of(p.V), spare_of(p.U))));
             own.panel.grow(PANEL);
             own.sums.grow(amx_sums(p.rows, strips));
         }
@@ -113,15 +57,15 @@ struct Room {
 void enter(const Prompt &p, const uint16_t *x, int64_t count, uint16_t *a, uint16_t *b, uint16_t *z) {
     amx_bring(x, p.l.n, count, b);
     amx_gather(b, p.l.V.perm, p.l.rescale, p.l.n, a);
-    for (const Product &v : p.V) amx_kronecker(v.L.factor, v.R.factor, a + v.offset * STRIP, b);
+    for (const Product &v : p.V) v(a, b);
     std::fill(a + p.l.n * STRIP, a + p.groups * 64 * STRIP, 0);
     amx_arrange(a, p.groups, p.l.bits, z);
 }
 
 // Their products, C V x / D: U' of them and the bias, to y.
 void leave(const Prompt &p, uint16_t *out, int64_t count, uint16_t *a, uint16_t *b, uint16_t *y) {
-    for (const Product &u : p.U) amx_kronecker(u.L.factor, u.R.factor, out + u.offset * STRIP, b);
-    amx_scatter(out, p.l.U.perm, p.l.bias ? p.bias.data() : nullptr, p.l.m, a);
+    for (const Product &u : p.U) u(out, b);
+    amx_scatter(out, p.l.U.perm, nullptr, p.l.bias ? p.bias.data() : nullptr, p.l.m, a);
     amx_take(a, p.l.m, count, y);
 }
 

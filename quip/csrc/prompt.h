@@ -4,8 +4,9 @@
 #include "quip.h"
 
 constexpr int64_t STRIP = 16;
-constexpr int64_t DEEP = 4;  // groups of 64 columns unpacked at a time: 16 KB for 32 rows, which stay in the smallest cache
-constexpr int64_t PANEL = DEEP * 64 * 32;
+constexpr int64_t ROWS = 48;  // unpacked at a time, in three tiles, and
+constexpr int64_t DEEP = 4;   // groups of 64 columns: 24 KB, which stay in the smallest cache beside a strip
+constexpr int64_t PANEL = DEEP * 64 * ROWS;
 
 // A factor of a transform, (rows, inner), in tiles of 16 rows and 32 columns, filled up with zeros; each tile twice: of
 // the numbers rounded to bfloat16, and of what that has left.
@@ -23,8 +24,11 @@ void amx_take(const uint16_t *columns, int64_t m, int64_t count, uint16_t *y);
 // to[i] = from[perm[i]] / divisor[perm[i]]
 void amx_gather(const uint16_t *from, const int64_t *perm, const float *divisor, int64_t n, uint16_t *to);
 
-// to[perm[i]] = from[i] + bias[perm[i]]
-void amx_scatter(const uint16_t *from, const int64_t *perm, const float *bias, int64_t m, uint16_t *to);
+// to[perm[i]] = factor[perm[i]] from[i] + bias[perm[i]]
+void amx_scatter(const uint16_t *from, const int64_t *perm, const float *factor, const float *bias, int64_t m, uint16_t *to);
+
+// Row perm[i] of `count` neighbouring columns of W (m, n), count <= 16, = number i of a strip.
+void amx_place(const uint16_t *columns, const int64_t *perm, int64_t m, int64_t count, uint16_t *W, int64_t n);
 
 // Columns X (p, q) become L X R'; spare is room, of so many numbers.
 int64_t amx_spare(const Factor &L, const Factor &R);
@@ -35,7 +39,12 @@ void amx_arrange(const uint16_t *columns, int64_t groups, int64_t bits, uint16_t
 
 // Columns of the product of `count` rows of codes with `strips` strips z: factor * (2 code - top) z. Of a strip, the columns
 // are `stride` numbers after those of the strip before. panel (PANEL) and sums are room, of so many numbers.
-static constexpr int64_t amx_sums(int64_t count, int64_t strips) { return (count + 31) / 32 * ((strips + 1) / 2) * 1024; }
+static constexpr int64_t amx_sums(int64_t count, int64_t strips) { return (count + ROWS - 1) / ROWS * ROWS * strips * STRIP; }
 void amx_multiply(const uint8_t *codes, int64_t groups, int64_t bits, int64_t count, const uint16_t *z, int64_t strips,
                   float factor, uint16_t *panel, float *sums, uint16_t *out, int64_t stride);
 
+// The odd numbers 2 code - top of all rows of one group, as four strips: 16 columns of the matrix are one.
+void amx_unpack(const uint8_t *codes, int64_t groups, int64_t bits, int64_t rows, int64_t g, uint16_t *strips);
+
+// W (m, n) = U' (s C) V / D.
+void amx_fold(const quip_layer &l, uint16_t *W, int64_t threads);
