@@ -35,6 +35,12 @@ namespace {
 TIMES_BOTH(times_even, 0, 1)
 TIMES_BOTH(times_odd, 2, 3)
 
+struct Pair {  // a block of a factor, and two times columns
+    const uint16_t *tiles;
+    int64_t steps;
+    const uint16_t *b, *c;
+};
+
 #define STORE_BOTH(NAME, A, B)                    \
     inline void NAME(float *first, float *second) { \
         _tile_stored(A, first, 64);               \
@@ -43,19 +49,39 @@ TIMES_BOTH(times_odd, 2, 3)
 STORE_BOTH(store_even, 0, 1)
 STORE_BOTH(store_odd, 2, 3)
 
-// A factor times the columns in b and those in c, in 32 bits. A block is stored when the next is on its way.
-void times(const Factor &f, const uint16_t *b, const uint16_t *c, float *first, float *second) {
-    const int64_t next = f.steps * 1024;
-    for (int64_t r = 0; r < f.blocks; r += 2) {
-        times_even(f.tiles + r * next, f.steps, b, c);
-        if (r) store_odd(first + (r - 1) * 256, second + (r - 1) * 256);
-        if (r + 1 < f.blocks) times_odd(f.tiles + (r + 1) * next, f.steps, b, c);
-        store_even(first + r * 256, second + r * 256);
+// Blocks of a factor times columns, two at a time: at(n) says of which, and done(n, sums) gets both tiles. In a pipeline: while
+// some are multiplied, those before them are stored, and those before these become 16 bits; so that tiles and vectors work
+// at once, and nothing waits. sums is room for four tiles, which lie apart from each other in the smallest cache.
+template <class At, class Done>
+inline void pipeline(int64_t count, float *sums, At at, Done done) {
+    float *even = sums, *odd = sums + 512;
+    const auto begin = [&](auto times, int64_t n) {
+        const Pair p = at(n);
+        times(p.tiles, p.steps, p.b, p.c);
+    };
+    for (int64_t n = 0; n < count + 2; n += 2) {
+        if (n < count) begin(times_even, n);
+        if (n && n <= count) store_odd(odd, odd + 256);
+        if (n) done(n - 2, even);
+        if (n + 1 < count) begin(times_odd, n + 1);
+        if (n + 1 <= count) store_even(even, even + 256);
+        if (n && n - 1 < count) done(n - 1, odd);
     }
-    if (f.blocks % 2 == 0) store_odd(first + (f.blocks - 1) * 256, second + (f.blocks - 1) * 256);
 }
 
-inline __m512 row(const float *sums, int64_t i) { return _mm512_load_ps(sums + 16 * i); }
+// Row i of X (p, q), from column `first` on, as pairs; zeros fill up `steps` tiles.
+void pair_up(const uint16_t *X, int64_t first, int64_t q, int64_t steps, uint16_t *pairs) {
+    const __m512i lower_half = _mm512_set1_epi32(0xFFFF);
+    int64_t j = 0;
+    for (; j + 1 < q; j += 2) put(pairs + j * STRIP, pair_of(X, first + j, first + j + 1));
+    if (j < q) put(pairs + j * STRIP, _mm512_and_si512(pair(X + place(first + j)), lower_half)), j += 2;
+    for (; j < 32 * steps; j += 2) put(pairs + j * STRIP, _mm512_setzero_si512());
+}
+
+// Column c of a strip.
+inline void put_column(uint16_t *strip, int64_t c, __m512 v) {
+    _mm512_mask_storeu_epi16(strip + place(c), 0x55555555, narrow(v, v));
+}
 
 }  // namespace
 
@@ -63,39 +89,48 @@ inline __m512 row(const float *sums, int64_t i) { return _mm512_load_ps(sums + 1
 // few places of the smallest cache.
 inline int64_t padded(const Factor &L) { return L.steps * 512 + 32; }
 
-int64_t amx_spare(const Factor &L, const Factor &R) {
-    const int64_t blocks = std::max(L.blocks, R.blocks);
-    return 8 * blocks * 256 + 4 * R.steps * 512 + R.rows * padded(L);
-}
+int64_t amx_spare(const Factor &L, const Factor &R) { return 2048 + R.steps * 512 * L.rows + 16 * padded(L); }
 
-// Two at a time, in a pipeline: while some are multiplied, those after them become pairs, and those before them 16 bits.
-// So tiles and vectors work at once, and nothing is loaded as a tile when it has just been stored, which would have to wait.
-// An odd one out is its own neighbour, and what comes of that meets a zero of L or is not looked at.
-void amx_kronecker(const Factor &L, const Factor &R, uint16_t *X, uint16_t *spare) {
-    const int64_t p = L.rows, q = R.rows, deep = padded(L), room = 256 * std::max(L.blocks, R.blocks);
-    float *out = reinterpret_cast<float *>(spare);
-    uint16_t *b = spare + 8 * room, *Y = b + 4 * R.steps * 512;
-    const auto sums = [&](int64_t i) { return out + i % 4 * room; };
-    const auto pairs = [&](int64_t i) { return b + i % 4 * R.steps * 512; };
+// 16 columns of X R' at a time, and L times these, which are in the cache. Rows of X are pairs of columns as they are, if they
+// begin with a pair; otherwise they are made so. What lies beyond the end of a row meets a zero of R. An odd one out is its own
+// neighbour, and what comes of that meets a zero of L or is not looked at.
+void amx_kronecker(const Factor &L, const Factor &R, int64_t offset, const uint16_t *X, uint16_t *out, uint16_t *spare) {
+    const int64_t p = L.rows, q = R.rows, deep = padded(L);
+    const bool even = q % 2 == 0 && offset % 2 == 0;
+    float *sums = reinterpret_cast<float *>(spare);
+    uint16_t *Y = spare + 2048, *pairs = Y + 16 * deep;
+    const int64_t wide = even ? q * STRIP : R.steps * 512;
+    const uint16_t *rows = even ? X + offset * STRIP : pairs;
     whole_tiles();
-    for (int64_t i = 0; i < p + 4; i += 2) {
-        if (i < p) pair_up(X + i * q * STRIP, q, R.steps, pairs(i));
-        if (i < p) pair_up(X + std::min(i + 1, p - 1) * q * STRIP, q, R.steps, pairs(i + 1));
-        if (i >= 2 && i < p + 2) times(R, pairs(i - 2), pairs(i - 1), sums(i - 2), sums(i - 1));
-        if (i >= 4)
-            for (int64_t j = 0; j < q; j++)
-                _mm512_store_si512(Y + j * deep + (i - 4) * STRIP, interleave(narrow(row(sums(i - 4), j), row(sums(i - 3), j))));
-    }
+    for (int64_t i = 0; i < p && !even; i++) pair_up(X, offset + i * q, q, R.steps, pairs + i * wide);
     for (int64_t i = (p + 1) / 2 * 2; i < 32 * L.steps; i += 2)
-        for (int64_t j = 0; j < q; j++) _mm512_store_si512(Y + j * deep + i * STRIP, _mm512_setzero_si512());
-    for (int64_t j = 0; j < q + 2; j += 2) {
-        if (j < q) times(L, Y + j * deep, Y + std::min(j + 1, q - 1) * deep, sums(j), sums(j + 1));
-        if (j >= 2)
-            for (int64_t i = 0; i < p; i++) {
-                const __m512i two = narrow(row(sums(j - 2), i), row(sums(j - 1), i));
-                uint16_t *to = X + (i * q + j - 2) * STRIP;
-                j - 1 < q ? _mm512_storeu_si512(to, two) : put(to, _mm512_castsi512_si256(two));
-            }
+        for (int64_t j = 0; j < 16; j++) put(Y + j * deep + i * STRIP, _mm512_setzero_si512());
+    for (int64_t r = 0; r < R.blocks; r++) {
+        const int64_t columns = std::min<int64_t>(q - 16 * r, 16), half = (columns + 1) / 2;
+        pipeline(
+            (p + 1) / 2, sums,
+            [&](int64_t n) {
+                return Pair{R.tiles + r * R.steps * 1024, R.steps, rows + 2 * n * wide, rows + std::min(2 * n + 1, p - 1) * wide};
+            },
+            [&](int64_t n, const float *s) {
+                for (int64_t j = 0; j < columns; j++) put(Y + j * deep + 2 * n * STRIP, narrow(row(s, j), row(s + 256, j)));
+            });
+        pipeline(
+            L.blocks * half, sums,
+            [&](int64_t n) {
+                const int64_t j = n % half * 2;
+                return Pair{L.tiles + n / half * L.steps * 1024, L.steps, Y + j * deep, Y + std::min(j + 1, columns - 1) * deep};
+            },
+            [&](int64_t n, const float *s) {
+                const int64_t j = n % half * 2, i = n / half * 16, count = std::min<int64_t>(p - i, 16);
+                for (int64_t k = 0, c = offset + i * q + 16 * r + j; k < count; k++, c += q)
+                    if (even)
+                        put(out + c * STRIP, narrow(row(s, k), row(s + 256, k)));
+                    else {
+                        put_column(out, c, row(s, k));
+                        if (j + 1 < columns) put_column(out, c + 1, row(s + 256, k));
+                    }
+            });
     }
     _tile_release();
 }

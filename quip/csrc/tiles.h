@@ -1,25 +1,21 @@
-// Vectors and tiles of bfloat16. Included after a pragma that names the instructions.
+// Strips of bfloat16 in vectors. Included after a pragma that names the instructions.
 #pragma once
 #include "amx.h"
 #include "prompt.h"
 
 namespace {
 
-inline __m256i half(const uint16_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
+inline __m512i pair(const uint16_t *p) { return _mm512_loadu_si512(p); }
 
-inline void put(uint16_t *p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
+inline void put(uint16_t *p, __m512i v) { _mm512_storeu_si512(p, v); }
 
 inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
-inline __m256i narrow(__m512 v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }
-
-inline __m512i narrow(__m512 a, __m512 b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }  // a, then b
-
-// a0 b0 a1 b1 ... of the columns a and b, which are the halves of a vector; and back
-inline __m512i interleave(__m512i columns) {
+// a0 b0 a1 b1 ... of a and b, which are the halves of a vector; and back
+inline __m512i interleave(__m512i halves) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, columns);
+    return _mm512_permutexvar_epi16(order, halves);
 }
 
 inline __m512i separate(__m512i pairs) {
@@ -32,16 +28,31 @@ inline __m512i interleave(__m256i a, __m256i b) {
     return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
 }
 
-// `count` columns X as pairs: what a tile takes on the right; zeros fill up `steps` tiles.
-inline void pair_up(const uint16_t *X, int64_t count, int64_t steps, uint16_t *b) {
-    int64_t k = 0;
-    for (; k + 1 < count; k += 2) _mm512_store_si512(b + k * STRIP, interleave(_mm512_loadu_si512(X + k * STRIP)));
-    if (k < count) _mm512_store_si512(b + k * STRIP, interleave(_mm512_zextsi256_si512(half(X + k * STRIP)))), k += 2;
-    for (; k < 32 * steps; k += 2) _mm512_store_si512(b + k * STRIP, _mm512_setzero_si512());
+inline __m512i narrow(__m512 a, __m512 b) { return interleave(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))); }
+
+// Of two vectors of 32 bits: the lower halves of both, the upper halves of both, the lower of one and the upper of the other.
+inline __m512i mixed(__m512i a, __m512i b) { return _mm512_mask_blend_epi16(0xAAAAAAAA, a, b); }
+inline __m512i lower(__m512i a, __m512i b) { return mixed(a, _mm512_slli_epi32(b, 16)); }
+inline __m512i upper(__m512i a, __m512i b) { return mixed(_mm512_srli_epi32(a, 16), b); }
+
+// Where column c of a strip begins: every other number from there on.
+inline int64_t place(int64_t c) { return c / 2 * 32 + c % 2; }
+
+// Columns c and d as a pair; and column c in 32 bits.
+inline __m512i pair_of(const uint16_t *strip, int64_t c, int64_t d) {
+    return mixed(pair(strip + place(c)), pair(strip + place(d) - 1));
 }
 
+inline __m512 wide(const uint16_t *strip, int64_t c) {
+    const __m512i upper_half = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    return _mm512_castsi512_ps(_mm512_and_si512(pair(strip + place(c) - 1), upper_half));
+}
+
+// Row i of a tile of sums.
+inline __m512 row(const float *sums, int64_t i) { return _mm512_load_ps(sums + 16 * i); }
+
 // All tiles with 16 rows of 64 bytes.
-void whole_tiles() {
+inline void whole_tiles() {
     Shapes s;
     for (int i = 0; i < 8; i++) s.bytes[i] = 64, s.rows[i] = 16;
     shape(s);
