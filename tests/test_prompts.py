@@ -42,6 +42,7 @@ def make(p, q, batch, dtype, seed, back=False, permuted=True, extras=True, room=
         kernels = kernels(torch.device(device), kind)
     moved = [None if tensor is None else tensor.to(device) for tensor in (perm, L.float(), R.float(), rescale)]
     side = prompts.KernelSide(kernels, dtype, moved[0], [(0, p, q, *moved[1:3])], moved[3], back)
+    side.few = 0  # as with many vectors
     move = [None if tensor is None else tensor.to(device) for tensor in (x, scale, bias)]
     if back:
         z = kronecker_multiply(x.double() * (1 if scale is None else 1.5 * scale.double()), L.T, R.T)
@@ -125,6 +126,18 @@ def test_an_infinite_entry_stays_in_its_vector():
     y = side(x)
     assert not torch.isfinite(y[1]).any()
     assert relative(y[::2], exact[::2]) < ROUNDINGS * UNIT[torch.float16]
+
+
+@emulated
+def test_few_vectors_take_a_block_each(monkeypatch):
+    started = []
+    run = Emulator.__call__
+    monkeypatch.setattr(Emulator, "__call__", lambda self, *a, **b: started.append(a[:2]) or run(self, *a, **b))
+    side, (x,), _ = make(24, 32, 5, torch.float16, 1)
+    both = side(x)
+    side.few = 5
+    assert torch.equal(side(x), both)
+    assert started == [("side_4_2", (3, 1)), ("side_4_1", (5, 1))]
 
 
 @emulated
@@ -236,6 +249,7 @@ def test_orders_are_the_permutation_filled_up():
 def test_no_two_lanes_meet_in_a_bank():
     # Loads of 8 bytes are served for 16 lanes at a time, of 4 for 32; a bank has 4 bytes of every 128.
     assert "width | 16, width + (vectors == 2 ? 4 : 8)}" in prompts.SIDE
+    assert "return vectors == 2 ? threadIdx.x / 4 % 2 : 0;" in prompts.SIDE
     for width in range(16, 257, 16):
         stride, steps = width | 16, {1: width + 8, 2: width + 4}
         for lanes in (range(16), range(16, 32)):
@@ -245,6 +259,11 @@ def test_no_two_lanes_meet_in_a_bank():
             words = {(2 * (lane % 4) * step + lane // 4) * vectors // 2 for lane in range(32)}
             assert len({word % 32 for word in words}) == len(words)
             assert step * vectors % 8 == 0  # rows begin at 16 bytes
+    # Loads of 16 bytes, for eight lanes at a time; of two vectors, a lane's second 16 bytes lie behind its first.
+    for lanes in (range(8), range(24, 32)):
+        for half in range(2):
+            words = {8 * lane + 4 * (half ^ lane // 4 % 2) + i for lane in lanes for i in range(4)}
+            assert len({word % 32 for word in words}) == 32
 
 
 # Planted bugs: each is one change of the source, and what the emulation must say of it.
@@ -411,7 +430,9 @@ def test_bfloat16_does_not_compile_for_the_first_tensor_cores():
 def test_the_device_says_what_its_tensor_cores_take(monkeypatch):
     # what `Call._side` asks before it loads the kernels
     loaded = []
-    monkeypatch.setattr(cuda, "_load", lambda device, kind: loaded.append(kind) or SimpleNamespace(room=65536))
+    monkeypatch.setattr(
+        cuda, "_load", lambda device, kind: loaded.append(kind) or SimpleNamespace(room=65536, multiprocessors=2)
+    )
     for bfloat in (False, True):
         call = SimpleNamespace(kernels=SimpleNamespace(bfloat=bfloat, room=65536), qweight=torch.zeros(1))
         stages = [(0, 4, 5, torch.eye(4), torch.eye(5))]
