@@ -343,14 +343,14 @@ def _tiles(matrix: torch.Tensor, rows: int, columns: int, fill: float = 0) -> to
 def right_tiles(R: torch.Tensor) -> torch.Tensor:
     """R (q, q) as `multiply_right` reads it: 16 bytes for each lane of each tile."""
     R = _tiles(R, 16, 16)
-    tiles = R.view(len(R) // 16, 2, 8, len(R) // 16, 4, 2, 2)  # row: tile, half, g; column: tile, t, pair, which
+    tiles = R.reshape(len(R) // 16, 2, 8, len(R) // 16, 4, 2, 2)  # row: tile, half, g; column: tile, t, pair, which
     return tiles.permute(0, 3, 2, 4, 5, 1, 6).contiguous()
 
 
 def left_tiles(L: torch.Tensor) -> torch.Tensor:
     """L (p, p) as `multiply_left` reads it: 16 bytes for each lane of two tiles of eight rows."""
     L = _tiles(L, 16, 32)
-    tiles = L.view(len(L) // 8, 8, L.shape[1] // 32, 2, 2, 4, 2)  # row: tile, g; column: both, tile, half, t, which
+    tiles = L.reshape(len(L) // 8, 8, L.shape[1] // 32, 2, 2, 4, 2)  # row: tile, g; column: both, tile, half, t, which
     return tiles.permute(0, 2, 1, 5, 3, 4, 6).contiguous()
 
 
@@ -362,7 +362,9 @@ def read_order(perm: torch.Tensor, p: int, q: int) -> torch.Tensor:
 def write_order(perm: torch.Tensor, p: int, q: int) -> torch.Tensor:
     """Where each entry that a lane makes goes, 16 bytes for each tile; what fills up goes nowhere."""
     to = _tiles(perm.view(p, q), 16, 16, fill=-1)
-    tiles = to.view(len(to) // 16, 2, 4, 2, to.shape[1] // 16, 2, 8)  # row: tile, half, t, which; column: tile, half, g
+    tiles = to.reshape(
+        len(to) // 16, 2, 4, 2, to.shape[1] // 16, 2, 8
+    )  # row: tile, half, t, which; column: tile, half, g
     return tiles.permute(4, 0, 6, 2, 1, 5, 3).to(torch.int16).contiguous()
 
 # %% ../book/09_prompts.ipynb #prompts-19
@@ -392,7 +394,10 @@ class TorchSide:
 
 
 class KernelSide:
-    """The same by one kernel, for one stage and a type of 16 bits; see `most_vectors` for the sizes."""
+    """The same by one kernel, for one stage and a type of 16 bits; see `most_vectors` for the sizes.
+
+    What it reads of the factors, the permutation and D̃ is made here, once.
+    """
 
     def __init__(self, kernels, dtype: torch.dtype, perm, stages, rescale=None, back: bool = False):
         ((_, p, q, L, R),) = stages
