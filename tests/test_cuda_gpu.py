@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
-from test_prompts import ROUNDINGS, UNIT
+from test_prompts import bound
 from test_prompts import make as make_side
 
 import quip.cuda as cuda
@@ -102,7 +102,8 @@ def test_sides_of_a_prompt(p, q, permuted, back, dtype):
     side, args, exact = make_side(p, q, 7, dtype, 3, back, permuted, kernels=cuda._load)
     for vectors in range(1, side.vectors + 1):  # of a block
         side.vectors = vectors
-        assert relative(side(*args).cpu(), exact) < ROUNDINGS * UNIT[dtype]
+        y = side(*args).cpu()
+        assert relative(y, exact) < bound(y)
 
 
 def test_prompts_on_a_stream_of_their_own():

@@ -21,6 +21,11 @@ UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the largest relativ
 ROUNDINGS = 6  # x / D̃, both factors, what lies between the products, the result, and the sum with the bias
 
 
+def bound(y):
+    """Of the relative error: a unit for each rounding; with many entries, independent errors add up in squares."""
+    return (ROUNDINGS if y.numel() < 256 else ROUNDINGS**0.5) * UNIT[y.dtype]
+
+
 def seeded_orthogonal(n, seed):
     return torch.from_numpy(haar_orthogonal(n, np.random.RandomState(seed)))
 
@@ -72,7 +77,7 @@ def test_sides_of_any_shape(p, q, batch, dtype, back, permuted, extras, room, se
     side, args, exact = make(p, q, batch, dtype, seed, back, permuted, extras, room)
     y = side(*args)
     assert y.dtype == dtype and y.shape == exact.shape and torch.isfinite(y).all()
-    assert relative(y, exact) < ROUNDINGS * UNIT[dtype]
+    assert relative(y, exact) < bound(y)
 
 
 @emulated
@@ -85,7 +90,7 @@ def test_every_schedule_gives_the_same(dtype, back):
         side.kernels.seed = seed
         results.append(side(*args))
     assert all(torch.equal(y, results[0]) for y in results)
-    assert relative(results[0], exact) < ROUNDINGS * UNIT[dtype]
+    assert relative(results[0], exact) < bound(results[0])
 
 
 @emulated
@@ -99,7 +104,7 @@ def test_error_is_no_larger_than_that_of_the_same_steps_by_torch(dtype, back):
     rescale = None if back else torch.rand(48 * 64, generator=g) + 0.5
     stages = [(0, 48, 64, seeded_orthogonal(48, 3).float(), seeded_orthogonal(64, 4).float())]
     plain = prompts.TorchSide(dtype, perm, stages, rescale, back)(*args)
-    assert relative(plain, exact) < ROUNDINGS * UNIT[dtype]  # the reference is that of the kernel
+    assert relative(plain, exact) < bound(plain)  # the reference is that of the kernel
     assert relative(side(*args), exact) < 1.1 * relative(plain, exact)
 
 
@@ -116,7 +121,8 @@ def test_error_is_no_larger_than_that_of_the_same_steps_by_torch(dtype, back):
 )
 def test_factors_of_real_layers(p, q, dtype, back):
     side, args, exact = make(p, q, 3, dtype, 1, back)
-    assert relative(side(*args), exact) < ROUNDINGS * UNIT[dtype]
+    y = side(*args)
+    assert relative(y, exact) < bound(y)
 
 
 @emulated
@@ -125,7 +131,7 @@ def test_an_infinite_entry_stays_in_its_vector():
     x[1, 5] = torch.inf
     y = side(x)
     assert not torch.isfinite(y[1]).any()
-    assert relative(y[::2], exact[::2]) < ROUNDINGS * UNIT[torch.float16]
+    assert relative(y[::2], exact[::2]) < bound(y)
 
 
 @emulated
@@ -148,7 +154,7 @@ def test_strided_and_unaligned_vectors():
     strided = x.repeat_interleave(2, 1)[:, ::2]
     for values in (unaligned, strided):
         assert torch.equal(side(values), side(x))
-    assert relative(side(x), exact) < ROUNDINGS * UNIT[x.dtype]
+    assert relative(side(x), exact) < bound(x)
 
 
 # Which layers go this way.
@@ -270,7 +276,8 @@ def test_no_two_lanes_meet_in_a_bank():
 
 
 def run_side(source, p=18, q=24, back=False, permuted=True, room=65536):
-    text = f"typedef half16 Real;\n{source}"
+    only = re.sub(r"^KERNEL\w* side_(?!4_2).*\n", "", source, flags=re.MULTILINE)  # compiles in a fraction of the time
+    text = f"typedef half16 Real;\n{only}"
     side, args, exact = make(p, q, 3, torch.float16, 1, back, permuted, room=room, source=text)
     return relative(side(*args), exact)
 
@@ -326,7 +333,7 @@ BUGS = {
 @emulated
 def test_without_a_bug_nothing_is_said():
     for run in RUNS:
-        assert run(prompts.SIDE) < ROUNDINGS * UNIT[torch.float16]
+        assert run(prompts.SIDE) < ROUNDINGS**0.5 * UNIT[torch.float16]
 
 
 @emulated
@@ -335,7 +342,7 @@ def test_planted_bug_is_found(run, old, new, says):
     changed = barrier(prompts.SIDE, old) if isinstance(old, int) else prompts.SIDE.replace(old, new)
     assert changed != prompts.SIDE
     if says is None:  # nothing forbidden, but wrong
-        assert not run(changed) < 0.05
+        assert not run(changed) < 0.02
     else:
         with pytest.raises(EmulationError, match=says):
             run(changed)
