@@ -55,8 +55,8 @@ def bench_kernels(sizes=SIZES, widths=(2, 3, 4), batches=(1, 8, 32), dtype=torch
     """Time packed layers beside `torch.nn.functional.linear` of the same type, weights streamed from memory.
 
     Rows: m, n, bits, batch, dtype, us (of the layer), forward_us, multiply_us, backward_us (its kernels, each timed by
-    itself; none where a batch goes through dense products), dense_us, ratio (dense over ours), gb_per_s (of packed
-    weights, in the multiplication), bandwidth (that over what the device reads), and error (relative, float64).
+    itself; of a long prompt unpack_us and product_us for multiply_us), dense_us, ratio (dense over ours), gb_per_s (of
+    packed weights, in the multiplication), bandwidth (that over what the device reads), and error (relative, float64).
     """
     need_device()
     limit = read_bandwidth()
@@ -90,9 +90,9 @@ def random_calls(m: int, n: int, bits: int) -> list[cuda.Call]:
 
 
 def kernel_times(calls: list[cuda.Call], x: torch.Tensor) -> dict[str, float]:
-    """Microseconds of the three kernels of a layer, each by itself."""
+    """Microseconds of the kernels of a layer, each by itself."""
     if len(x) > cuda.FUSED or not calls[0].fused:
-        return {}
+        return prompt_times(calls, x)
     y = x.new_empty(len(x), calls[0].m)
     plans = [call.plan(len(x), x.dtype) for call in calls]
     tensors = x, y, plans[0].room(x.device)
@@ -103,6 +103,21 @@ def kernel_times(calls: list[cuda.Call], x: torch.Tensor) -> dict[str, float]:
         seconds = graph_seconds(lambda i, p=parts: calls[0].kernels.run(p[i % len(p)], *tensors))
         times[f"{key}_us"] = 1e6 * seconds
     return times
+
+
+def prompt_times(calls: list[cuda.Call], x: torch.Tensor) -> dict[str, float]:
+    """Microseconds of both sides of a long prompt, of unpacking, and of the product."""
+    call, count = calls[0], len(calls)
+    forward, backward = call._rounded(x.dtype)
+    C = cuda.unpack(call.qweight, call.bits, call.n, x.dtype)
+    z = forward(x) @ C.T
+    parts = {
+        "forward": lambda i: forward(x),
+        "unpack": lambda i: cuda.unpack(calls[i % count].qweight, call.bits, call.n, x.dtype),
+        "product": lambda i: x @ C.T,
+        "backward": lambda i: backward(z, call.scale, 1.0, call.bias),
+    }
+    return {f"{name}_us": 1e6 * graph_seconds(run, calls=16) for name, run in parts.items()}
 
 
 def layer_error(call: cuda.Call, x: torch.Tensor) -> float:

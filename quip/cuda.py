@@ -24,17 +24,20 @@ import torch
 
 from .cpu import Unsaved, address
 from .errors import QuipError
-from .incoherence import kronecker_multiply
+from .prompts import KernelSide, TorchSide, aligned, most_vectors, prompt_source
 
 # %% ../book/09_cuda.ipynb #cuda-15
 DEVICE = r"""
 #define PTR(type) type* __restrict__
 #define LATE(type) const type*  // what the kernel before may still be writing: never read before `wait_for_previous`
 #define SHARED(type, name, count) __shared__ type name[count]
+#define MEMORY(type) type*
+#define REUSED(name)  // what lies there is not wanted any more
 #define DYNAMIC(type, name, start, count) type* name = (type*)(dynamic_memory + (start))
 #define KERNEL extern "C" __global__ void __launch_bounds__(256, 3)  // three blocks at a time: at most 80 registers
 #define KERNEL_2 extern "C" __global__ void __launch_bounds__(256, 2)  // two: 128
 #define KERNEL_1 extern "C" __global__ void __launch_bounds__(256, 1)  // one: 255
+#define KERNEL_512 extern "C" __global__ void __launch_bounds__(512, 1)  // one of 512 threads: 128
 #define LARGE_KERNEL extern "C" __global__ void __launch_bounds__(1024, 1)  // 64
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -72,6 +75,13 @@ template <class Wide, class T>
 __device__ void store(T* p, long long byte, const Wide& value) { *(Wide*)((char*)p + byte) = value; }
 
 template <class T>
+__device__ uint4 load_often(const T* p, int i) { return ((const uint4*)p)[i]; }  // as other blocks do: the cache has it
+template <class Wide>
+__device__ Wide take(const u16* p, int i) { return *(const Wide*)(p + i); }
+template <class Wide>
+__device__ void put(u16* p, int i, const Wide& value) { *(Wide*)(p + i) = value; }
+
+template <class T>
 __device__ void prefetch(const T* p, int i) { asm volatile("prefetch.global.L2 [%0];" :: "l"(p + i)); }
 
 __device__ float to_float(float x) { return x; }
@@ -97,19 +107,38 @@ __device__ void let_next_start() {}
 __device__ void wait_for_previous() {}
 #endif
 
-#define MMA(shape) "mma.sync.aligned." shape ".row.col.f32.f16.f16.f32 "
-__device__ void multiply_tile(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#define MMA(shape, type) "mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "
 #if __CUDA_ARCH__ < 800
-    asm volatile(MMA("m16n8k8") "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm volatile(MMA("m16n8k8") "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
-#else
-    asm volatile(MMA("m16n8k16") "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
+template <class Real>
+__device__ u32 to_pair(float low, float high, Real) {
+    Real a, b;
+    from_float(low, a), from_float(high, b);
+    return a.bits | (u32)b.bits << 16;
 }
+__device__ void multiply_tile(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, half16 = {}) {
+    asm volatile(MMA("m16n8k8", "f16") "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile(MMA("m16n8k8", "f16") "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+}
+#else
+#define PAIR(Real, type)                                                                                  \
+    __device__ u32 to_pair(float low, float high, Real) {                                                 \
+        u32 pair;                                                                                         \
+        asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));                      \
+        return pair;                                                                                      \
+    }                                                                                                     \
+    __device__ void multiply_tile(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Real) {               \
+        asm volatile(MMA("m16n8k16", type) "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"        \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                     \
+    }
+PAIR(half16, "f16")
+PAIR(bfloat16, "bf16")
+__device__ void multiply_tile(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    multiply_tile(c, a, b0, b1, half16());
+}
+#endif
 """
 
 # %% ../book/09_cuda.ipynb #cuda-17
@@ -497,9 +526,12 @@ KERNEL unpack_bfloat(UNPACK(bfloat16)) { unpack<bfloat16>(C, weights, m, n, divi
 TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat"}  # and how its kernels are called
 
 
-def source() -> str:
-    """The kernels in CUDA C++; only `DEVICE`, the part in PTX, is missing."""
-    return "\n".join((COMMON, UNPACK, TENSOR, KRONECKER))
+def source(kind: int | str = 2) -> str:
+    """The kernels in CUDA C++ for packed weights of 2, 3 or 4 bits, or, for a type's name, those of prompts in it.
+
+    Only `DEVICE`, the part in PTX, is missing.
+    """
+    return prompt_source(kind) if isinstance(kind, str) else "\n".join((COMMON, UNPACK, TENSOR, KRONECKER))
 
 # %% ../book/09_cuda.ipynb #cuda-42
 def _succeed(result):  # what a function of cuda-bindings returns: an error code, then values
@@ -527,7 +559,7 @@ def _fetch(size, get, program) -> bytes:
 
 
 def compile_kernels(
-    bits: int,
+    kind: int | str,  # 2, 3 or 4 bits, or the name of a type: see `source`
     arch: int,  # 80 is sm_80
 ) -> tuple[bytes, str]:
     """Compile the kernels with NVRTC, without a GPU: the program for sm_`arch`, and the compiler's log; :ref:`nvrtc`.
@@ -541,9 +573,9 @@ def compile_kernels(
     known = _succeed(nvrtc.nvrtcGetSupportedArchs())
     native = arch in known
     target = f"sm_{arch}" if native else f"compute_{max(a for a in known if a <= arch)}"
-    options = [f"--gpu-architecture={target}", "--std=c++17", f"-DBITS={bits}"]
+    options = [f"--gpu-architecture={target}", "--std=c++17", f"-DBITS={kind}"]
     options += ["--ptxas-options=-v"] if native else []
-    text = (DEVICE + source()).encode()
+    text = (DEVICE + source(kind)).encode()
     program = _succeed(nvrtc.nvrtcCreateProgram(text, b"quip.cu", 0, [], []))
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
@@ -559,12 +591,12 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "quip"
 
 
-def cached_kernels(bits: int, arch: int) -> bytes:
+def cached_kernels(kind: int | str, arch: int) -> bytes:
     """`compile_kernels`, kept in `$XDG_CACHE_HOME/quip` (or `~/.cache/quip`) under all that the program depends on.
 
     A damaged file is compiled anew; where nothing can be written, nothing is kept.
     """
-    key = repr((DEVICE, source(), bits, arch, _nvrtc()[1]))
+    key = repr((DEVICE, source(kind), kind, arch, _nvrtc()[1]))
     path = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     try:
         content = path.read_bytes()
@@ -572,7 +604,7 @@ def cached_kernels(bits: int, arch: int) -> bytes:
             return content[32:]
     except OSError:
         pass
-    image, _ = compile_kernels(bits, arch)
+    image, _ = compile_kernels(kind, arch)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -645,7 +677,8 @@ class _Kernels:
         names = "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", "MULTIPROCESSOR_COUNT", "COMPUTE_CAPABILITY_MAJOR"
         codes = [getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}") for name in names]
         values = [_succeed(driver.cuDeviceGetAttribute(code, number)) for code in codes]
-        self.room, self.multiprocessors, self.early = *values[:2], values[2] >= 9  # bytes of a block; how many; sm_90
+        self.room, self.multiprocessors = values[:2]  # bytes of a block; how many
+        self.bfloat, self.early = values[2] >= 8, values[2] >= 9  # tensor cores take bfloat16; kernels may start early
         with self:
             self.module = _succeed(driver.cuModuleLoadData(image))
 
@@ -737,16 +770,16 @@ def _capability(device: torch.device) -> int:
 
 
 @cache
-def _loaded(device: torch.device, bits: int) -> _Kernels:
-    return _Kernels(device, cached_kernels(bits, _capability(device)))
+def _loaded(device: torch.device, kind: int | str) -> _Kernels:
+    return _Kernels(device, cached_kernels(kind, _capability(device)))
 
 
-def _load(device: torch.device, bits: int) -> _Kernels:
+def _load(device: torch.device, kind: int | str) -> _Kernels:
     if device.type != "cuda":
         raise QuipError(f"the CUDA kernels take tensors on a CUDA device, got x on {device}")
     if not available():
         raise QuipError(f"no CUDA kernels here: {reason()}")
-    return _loaded(device, bits)
+    return _loaded(device, kind)
 
 
 def _obstacle() -> str:
@@ -830,11 +863,6 @@ MOST_ROWS = 16 * 65535  # a grid has at most 65535 blocks in its second directio
 NO_STAGE = (0, 0, 0, None, None)  # of the identity
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def _threads(width: int, together: int) -> int:
     """Of a block that transforms: four entries for each, in whole warps, if they run so many together."""
     return min(1024 >> min(3, (together - 1).bit_length()), max(128, -(-width // 128) * 32))
@@ -856,7 +884,7 @@ class Call(Unsaved):
         self.perm_u, self.stages_u = _check_transform("U", self.m, u_perm, u_factors, device)
         self.tensors = qweight, scale, rescale, bias
         self.addresses = tuple(map(address, self.tensors))
-        self.qweight, self.scale, self.bias = _aligned(qweight), scale, bias
+        self.qweight, self.scale, self.bias = aligned(qweight), scale, bias
         self.rescale = None if rescale is None else rescale.contiguous()
         self.kernels, self.plans, self.halves, self.started = _load(device, bits), {}, {}, False
         factors = max((p + q for _, p, q, _, _ in self.stages_v + self.stages_u), default=0)
@@ -946,31 +974,28 @@ class Call(Unsaved):
             z = out
 
     def _dense(self, x: torch.Tensor) -> torch.Tensor:
-        """By dense products in x's type, on codes unpacked to multiples of 2^−bits, which every type has."""
-        bits, scale = self.bits, self.scale * (2**self.bits / (2**self.bits - 1))
-        if self.rescale is not None:
-            x = (x / self.rescale).to(x.dtype)
-        x = x if self.perm_v is None else x.index_select(1, self.perm_v)
-        stages_v, stages_u, inverse = self._rounded(x.dtype)
-        for offset, L, R in stages_v:
-            x = kronecker_multiply(x, L, R, offset)
-        y = (x @ _unpack(self.kernels, self.qweight, self.n, x.dtype, 2**bits).T) * scale.to(x.dtype)
-        for offset, L, R in stages_u:
-            y = kronecker_multiply(y, L, R, offset)
-        y = y if inverse is None else y.index_select(1, inverse)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        """By a dense product in x's type, on codes unpacked to multiples of 2^−bits, which every type has."""
+        forward, backward = self._rounded(x.dtype)
+        C = _unpack(self.kernels, self.qweight, self.n, x.dtype, 2**self.bits)
+        factor = 2**self.bits / (2**self.bits - 1)
+        return backward(forward(x) @ C.T, self.scale, factor, self.bias)
 
     def _rounded(self, dtype: torch.dtype) -> tuple:
-        """The stages of V and of Uᵀ in a type, and the permutation of Uᵀ; made once for each stream."""
+        """V D̃⁻¹ and Uᵀ with factors in a type; made once for each stream."""
         key = dtype, self.kernels.stream()
         if key in self.halves:
             return self.halves[key]
-        stages_v = [(offset, L.to(dtype), R.to(dtype)) for offset, _, _, L, R in self.stages_v]
-        stages_u = [(offset, L.T.to(dtype), R.T.to(dtype)) for offset, _, _, L, R in reversed(self.stages_u)]
-        made = stages_v, stages_u, None if self.perm_u is None else self.perm_u.argsort()
+        sides = (self.perm_v, self.stages_v, self.rescale, False), (self.perm_u, self.stages_u, None, True)
+        made = tuple(self._side(dtype, *side) for side in sides)
         if not self.kernels.recording():
             self.halves[key] = made
         return made
+
+    def _side(self, dtype: torch.dtype, perm, stages, rescale, back: bool) -> KernelSide | TorchSide:
+        runs = dtype == torch.float16 or (dtype == torch.bfloat16 and self.kernels.bfloat)
+        if runs and len(stages) == 1 and most_vectors(*stages[0][1:3], self.kernels.room):
+            return KernelSide(_load(self.qweight.device, TYPES[dtype]), dtype, perm, stages, rescale, back)
+        return TorchSide(dtype, perm, stages, rescale, back)
 
 # %% ../book/09_cuda.ipynb #cuda-52
 def unpack(
@@ -985,7 +1010,7 @@ def unpack(
     """
     _check_weights(qweight, bits, n)
     _need(dtype in TYPES, "codes unpack to float32, float16 or bfloat16", dtype)
-    return _unpack(_load(qweight.device, bits), _aligned(qweight), n, dtype, 2**bits - 1)
+    return _unpack(_load(qweight.device, bits), aligned(qweight), n, dtype, 2**bits - 1)
 
 
 def _unpack(kernels, qweight, n, dtype, divisor) -> torch.Tensor:

@@ -66,7 +66,7 @@ def emulate(monkeypatch):
     """Puts the emulation in the place of a device, with a seed for the order of threads."""
 
     def put(seed=0):
-        monkeypatch.setattr(cuda, "_load", lambda device, bits: Emulator(cuda.source(), bits, seed))
+        monkeypatch.setattr(cuda, "_load", lambda device, kind: Emulator(cuda.source(kind), kind, seed))
 
     return put
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_cuda import BITS, TOLERANCE, TYPES, random_layer, relative
+from test_prompts import bound
+from test_prompts import make as make_side
 
 import quip.cuda as cuda
 from quip import bench_cuda, data, load_model
@@ -13,6 +15,7 @@ from quip.algorithm import quantize_matrix
 from quip.evaluate import perplexity
 from quip.kernels import QuantizedLinear
 from quip.pipeline import quantize_to_folder
+from quip.prompts import KernelSide
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +71,67 @@ def test_in_a_cuda_graph():
     args[0].div_(2)
     assert not torch.equal(y, cuda.linear(*args))
     graph.replay()
+    assert relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
+
+
+def on_device(call_args):
+    x, packed, scale, bits, V, U, rescale, bias = to(call_args)
+    return x, cuda.Call(x.shape[1], packed, scale, bits, rescale, bias, *V, *U)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(
+    ("m", "n", "kernels"),
+    [(1, 1, 2), (576, 1536, 2), (323, 1763, 2), (11008, 4096, 2), (192, 14336, 2), (64, 27648, 2), (67, 576, 1)],
+)
+def test_prompts(m, n, kernels, extras, dtype):
+    args, exact, _ = random_layer(m, n, 67, 2, dtype, 0, extras=extras)
+    x, call = on_device(args)
+    for batch in (33, 64, 67):
+        assert relative(call(x[:batch]).cpu(), exact[:batch]) < 4 * TOLERANCE[dtype]
+    sides = call._rounded(dtype)
+    assert sum(isinstance(side, KernelSide) for side in sides) == kernels or torch.cuda.get_device_capability()[0] < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(("p", "q"), [(64, 64), (86, 128), (128, 224), (144, 192), (43, 41), (24, 24), (1, 7)])
+def test_sides_of_a_prompt(p, q, permuted, back, dtype):
+    side, args, exact = make_side(p, q, 7, dtype, 3, back, permuted, kernels=cuda._load)
+    for vectors in range(1, side.vectors + 1):  # of a block
+        side.vectors = vectors
+        y = side(*args).cpu()
+        assert relative(y, exact) < bound(y)
+
+
+def test_prompts_on_a_stream_of_their_own():
+    args, exact, _ = random_layer(576, 1536, 67, 2, torch.float16, 0)
+    x, call = on_device(args)
+    call(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ys = [call(x) for _ in range(3)]
+    stream.synchronize()
+    assert len(call.halves) == 2  # made on each stream, so that neither has to wait for the other
+    assert all(relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16] for y in ys)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_prompts_in_a_cuda_graph(called):
+    args, exact, _ = random_layer(576, 1536, 67, 2, torch.float16, 0)
+    x, call = on_device(args)
+    cuda._load(x.device, "half")  # compiles
+    if called:
+        call(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(x)
+    for factor in (2, 0.5):
+        x.mul_(factor)
+        graph.replay()
     assert relative(y.cpu(), exact) < 4 * TOLERANCE[torch.float16]
 
 

@@ -114,13 +114,14 @@ template <class T>
 struct Shared : Memory {
     std::vector<T> values;
     std::vector<Trace> traces;
+    int forgotten = -1;  // the epoch in which it was last declared to be free
     Shared(const char* label, long long count) { name = label, shared.push_back(this), resize(count); }
     void resize(long long count) {
         values.resize(count), traces.resize(count);
         memset((void*)values.data(), 0xff, count * sizeof(T));  // NaN
         for (auto& trace : traces) trace = Trace();
     }
-    void poison() override { resize(values.size()), start = end = -1; }
+    void poison() override { resize(values.size()), start = end = forgotten = -1; }
     void place(long long first, long long count) {  // by the first thread of a block that comes here
         if (start < 0) {
             resize(count);
@@ -133,6 +134,13 @@ struct Shared : Memory {
         } else if (first != start || count != (long long)values.size()) {
             fail("shared %s has another place or size for another thread", name);
         }
+    }
+    void forget() {  // by the first thread that comes here after a barrier
+        if (forgotten != epoch) resize(values.size()), forgotten = epoch;
+    }
+    long long wide(long long i, int bytes) {
+        if (i * (long long)sizeof(T) % bytes) fail("%d bytes at entry %lld of shared %s: not aligned", bytes, i, name);
+        return bytes / sizeof(T);
     }
     struct Ref {
         Shared& array;
@@ -328,10 +336,13 @@ static float from_bfloat(uint16_t b) {
 #define PTR(type) emulation::Global<type>
 #define LATE(type) emulation::Late<type>
 #define SHARED(type, name, count) static emulation::Shared<type> name(#name, count)
+#define MEMORY(type) emulation::Shared<type>&
+#define REUSED(name) name.forget()
 #define DYNAMIC(type, name, start, count)                  \
     static emulation::Shared<type> name(#name, 0);         \
     name.place(start, count)
 #define KERNEL static void
+#define KERNEL_512 static void
 #define KERNEL_2 static void
 #define KERNEL_1 static void
 #define LARGE_KERNEL static void
@@ -372,6 +383,20 @@ static void store(emulation::Global<T> p, long long start, const Wide& value) {
 }
 
 template <class T>
+static uint4 load_often(emulation::Global<const T> p, int i) { return load<uint4>(p, 16LL * i); }
+// Wide accesses to shared memory, from entry i on.
+template <class Wide, class T>
+static Wide take(emulation::Shared<T>& memory, long long i) {
+    Wide value;
+    for (long long j = memory.wide(i, sizeof(Wide)); j--;) ((T*)&value)[j] = memory.read(i + j);
+    return value;
+}
+template <class Wide, class T>
+static void put(emulation::Shared<T>& memory, long long i, const Wide& value) {
+    for (long long j = memory.wide(i, sizeof(Wide)); j--;) memory.write(i + j, ((const T*)&value)[j]);
+}
+
+template <class T>
 static void prefetch(emulation::Global<const T> p, int i) { p[i]; }
 static void let_next_start() {}
 static void wait_for_previous() { emulation::fibers[emulation::current].waited = true; }
@@ -395,10 +420,22 @@ static void from_float(float f, bfloat16& x) {
     x.bits = f != f ? 0x7fff : (w + 0x7fff + (w >> 16 & 1)) >> 16;
 }
 
-static float half_of(u32 pair, int i) { return emulation::from_half(pair >> 16 * i); }
+template <class Real>
+static u32 to_pair(float low, float high, Real) {
+    Real a, b;
+    from_float(low, a), from_float(high, b);
+    return a.bits | (u32)b.bits << 16;
+}
+template <class Real>
+static float half_of(u32 pair, int i) {
+    Real number;
+    number.bits = pair >> 16 * i;
+    return to_float(number);
+}
 // mma.m16n8k16. Of A (16, 16) lane 4 g + t holds, in pairs, the rows g and g + 8 at k = 2 t, 2 t + 1, then at 8 more; of
 // B (16, 8) column g at the same k; of C (16, 8) the rows g and g + 8 at the columns 2 t, 2 t + 1.
-static void multiply_tile_at(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int line) {
+template <class Real = half16>
+static void multiply_tile_at(int line, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Real = Real()) {
     u32 mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     auto all = emulation::exchange(mine, 6, line);
     int lane = emulation::current % 32, g = lane / 4, t = lane % 4;
@@ -406,7 +443,7 @@ static void multiply_tile_at(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, i
         for (int k = 0; k < 16; k++) {
             auto A = all[g * 4 + k % 8 / 2], B = all[(2 * t + i % 2) * 4 + k % 8 / 2];
             u32 a_pair = A[i / 2 + k / 8 * 2], b_pair = B[4 + k / 8];
-            c[i] += half_of(a_pair, k % 2) * half_of(b_pair, k % 2);
+            c[i] += half_of<Real>(a_pair, k % 2) * half_of<Real>(b_pair, k % 2);
         }
 }
-#define multiply_tile(c, a, b0, b1) multiply_tile_at(c, a, b0, b1, __LINE__)
+#define multiply_tile(...) multiply_tile_at(__LINE__, __VA_ARGS__)

@@ -34,9 +34,9 @@ class Argument(ctypes.Structure):
         return cls(None, 0, value or 0)
 
 
-def compile_kernels(source: str, bits: int):
+def compile_kernels(source: str, bits: int | str):
     """A shared library of the kernels in a source (without `quip.cuda.DEVICE`), each as `run_NAME`."""
-    names = re.findall(r"^(?:LARGE_)?KERNEL(?:_\d)? (\w+)\(", source, re.MULTILINE)
+    names = re.findall(r"^(?:LARGE_)?KERNEL(?:_\d+)? (\w+)\(", source, re.MULTILINE)
     text = f'#include "{HEADER.name}"\n#define BITS {bits}\n#line 1\n{source}\n'
     text += "".join(f"EXPORT({name})\n" for name in names)
     stem = Path(_folder.name) / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -69,9 +69,9 @@ def part(place: _Place, tensor: torch.Tensor) -> torch.Tensor:
 class Emulator:
     """Stands in for what `quip.cuda` loads for a device: called with a kernel's name, a grid and its arguments."""
 
-    room, multiprocessors = 65536, 2  # shared memory of a block, as on the smallest of the real ones
+    room, multiprocessors, bfloat = 65536, 2, True  # shared memory of a block, as on the smallest of the real ones
 
-    def __init__(self, source: str, bits: int, seed: int = 0):
+    def __init__(self, source: str, bits: int | str, seed: int = 0):
         self.library, self.seed = compile_kernels(source, bits), seed
 
     def stream(self):
