@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'quip.cuda._Kernels._config': ('cuda.html#_kernels._config', 'quip/cuda.py'),
                            'quip.cuda._Kernels._function': ('cuda.html#_kernels._function', 'quip/cuda.py'),
                            'quip.cuda._Kernels._prepare': ('cuda.html#_kernels._prepare', 'quip/cuda.py'),
+                           'quip.cuda._Kernels.finish': ('cuda.html#_kernels.finish', 'quip/cuda.py'),
                            'quip.cuda._Kernels.recording': ('cuda.html#_kernels.recording', 'quip/cuda.py'),
                            'quip.cuda._Kernels.run': ('cuda.html#_kernels.run', 'quip/cuda.py'),
                            'quip.cuda._Kernels.stream': ('cuda.html#_kernels.stream', 'quip/cuda.py'),

@@ -362,10 +362,11 @@ def bench_generate(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def print_rows(rows: Iterable[dict]) -> Iterator[dict]:
-    """Pass rows on, printing each as a line of a table, below the names of the first one's columns."""
-    for i, row in enumerate(rows):
+    """Pass rows on, printing each as a line of a table, below the names of its columns where these change."""
+    widths = {}
+    for row in rows:
         shown = {key: f"{x:.4g}" if isinstance(x, float) else str(x) for key, x in row.items()}
-        if i == 0:
+        if shown.keys() != widths.keys():
             widths = {key: max(len(key), len(text), 8) for key, text in shown.items()}
             print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
         print("  ".join(f"{text:>{widths[key]}}" for key, text in shown.items()), flush=True)

@@ -482,37 +482,60 @@ LARGE_KERNEL backward_bfloat(BACKWARD(bfloat16)) { transform_back<bfloat16>(BACK
 
 # %% ../book/09_cuda.ipynb #cuda-39
 UNPACK = r"""
-// C as numbers, (2 code − LARGEST) / divisor, from a table of them. A thread takes sixteen neighbours.
+template <class Real>
+struct alignas(2 * sizeof(Real)) Two { Real numbers[2]; };
+
+// C as numbers, (2 code − LARGEST) / divisor, from a table of pairs. A thread takes eight neighbours at SOME places.
 template <class Real>
 __device__ void unpack(PTR(Real) C, PTR(const u8) weights, int m, int n, float divisor) {
-    SHARED(Real, table, LARGEST + 1);
-    if (threadIdx.x <= LARGEST) {
-        Real number;
-        from_float((2.0f * threadIdx.x - LARGEST) / divisor, number);
-        table[threadIdx.x] = number;
+    const int SOME = 4, HIGH = BITS == 3 ? 2 : 0, PAIR = 2 * FIELD + HIGH;  // bits; of a pair, its high ones last
+    SHARED(Two<Real>, table, 1 << PAIR);
+    for (int i = threadIdx.x; i < 1 << PAIR; i += blockDim.x) {
+        Two<Real> two;
+        for (int k = 0; k < 2; k++) {
+            int code = i >> k * FIELD & (1 << FIELD) - 1 | (HIGH ? (i >> 2 * FIELD + k & 1) << FIELD : 0);
+            from_float((2.0f * code - LARGEST) / divisor, two.numbers[k]);
+        }
+        table[i] = two;
     }
     __syncthreads();
-    long long parts = (n + 15) / 16, step = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < m * parts; i += step) {
-        long long row = i / parts, start = row * row_bytes(n);
-        int first = i % parts * 16;
-        u32 low[2] = {load<u32>(weights, start + first * FIELD / 8), 0}, high = 0;
-        if (BITS == 4) low[1] = load<u32>(weights, start + first * FIELD / 8 + 4);
-        if (BITS == 3) high = load<u16>(weights, start + low_bytes(n) + first / 8);
-        alignas(16) Real values[16];
+    int parts = (n + 7) / 8;
+    long long step = (long long)gridDim.x * blockDim.x, i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    long long rows = step / parts, row = i / parts;  // from one place to the next; so nothing is divided in the loop
+    int rest = step % parts, part = i % parts;
+    while (row < m) {
+        u32 low[SOME], high[SOME];
+        int first[SOME];
+        long long at[SOME];
 #pragma unroll
-        for (int j = 0; j < 16; j++) {
-            u32 code = low[j * FIELD / 32] >> j * FIELD % 32 & (1 << FIELD) - 1;
-            values[j] = table[code | (high >> j & 1) << 2];
+        for (int k = 0; k < SOME; k++) {
+            long long start = row * row_bytes(n);
+            first[k] = row < m ? 8 * part : n, at[k] = row * n + first[k], high[k] = 0;
+            if (row < m) {
+                low[k] = BITS == 4 ? load<u32>(weights, start + 4 * part) : load<u16>(weights, start + 2 * part);
+                if (BITS == 3) high[k] = weights[start + low_bytes(n) + part];
+            }
+            row += rows, part += rest;
+            if (part >= parts) row++, part -= parts;
         }
-        if (n % 16 == 0) {
 #pragma unroll
-            for (int j = 0; j < (int)sizeof(Real); j++)
-                store(C, (row * n + first) * sizeof(Real) + 16 * j, ((const uint4*)values)[j]);
-        } else {
+        for (int k = 0; k < SOME; k++) {
+            if (first[k] >= n) break;
+            alignas(16) Two<Real> values[4];
 #pragma unroll
-            for (int j = 0; j < 16; j++)
-                if (first + j < n) C[row * n + first + j] = values[j];
+            for (int j = 0; j < 4; j++) {
+                u32 pair = low[k] >> 2 * j * FIELD & (1 << 2 * FIELD) - 1;
+                values[j] = table[HIGH ? pair | (high[k] >> 2 * j & 3) << 2 * FIELD : pair];
+            }
+            if (n % 8 == 0) {
+#pragma unroll
+                for (int j = 0; j < (int)sizeof(Real) / 2; j++)
+                    store(C, at[k] * sizeof(Real) + 16 * j, ((const uint4*)values)[j]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    if (first[k] + j < n) C[at[k] + j] = values[j / 2].numbers[j % 2];
+            }
         }
     }
 }
@@ -708,6 +731,10 @@ class _Kernels:
     def recording(self) -> bool:
         """Whether a CUDA graph records what is started, and nothing runs."""
         return torch.cuda.is_current_stream_capturing()
+
+    def finish(self) -> None:
+        """Wait for all that torch's current stream has to do."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _prepare(self, launch: _Launch, stream: int) -> Callable[[Sequence[int]], None]:
         """What starts a kernel on a stream, given the addresses of a call's tensors."""
@@ -981,14 +1008,14 @@ class Call(Unsaved):
         return backward(forward(x) @ C.T, self.scale, factor, self.bias)
 
     def _rounded(self, dtype: torch.dtype) -> tuple:
-        """V D̃⁻¹ and Uᵀ with factors in a type; made once for each stream."""
-        key = dtype, self.kernels.stream()
-        if key in self.halves:
-            return self.halves[key]
+        """V D̃⁻¹ and Uᵀ with factors in a type: made once, and finished, so that every stream may use them."""
+        if dtype in self.halves:
+            return self.halves[dtype]
         sides = (self.perm_v, self.stages_v, self.rescale, False), (self.perm_u, self.stages_u, None, True)
         made = tuple(self._side(dtype, *side) for side in sides)
         if not self.kernels.recording():
-            self.halves[key] = made
+            self.kernels.finish()
+            self.halves[dtype] = made
         return made
 
     def _side(self, dtype: torch.dtype, perm, stages, rescale, back: bool) -> KernelSide | TorchSide:
@@ -1017,7 +1044,7 @@ def _unpack(kernels, qweight, n, dtype, divisor) -> torch.Tensor:
     m = len(qweight)
     C = torch.empty(m, n, dtype=dtype, device=qweight.device)
     if m:
-        blocks = min(-(-m * -(-n // 16) // 256), 8 * kernels.multiprocessors)
+        blocks = min(-(-m * -(-n // 8) // 1024), 16 * kernels.multiprocessors)  # 256 threads, each at four places
         kernels(f"unpack_{TYPES[dtype]}", (blocks, 1), C, qweight, m, n, float(divisor))
     return C
 
@@ -1044,9 +1071,9 @@ def linear(
 ) -> torch.Tensor:
     """`y = Uᵀ (scale · C) V D̃⁻¹ x + b (B, m)` in x's type, on x's device and torch's current stream; :ref:`ch-cuda`.
 
-    Up to 32 vectors go through the fused kernels, which accumulate in float32; more, through dense products. Nothing
-    waits for the device. Inference only: there is no gradient. Raises `QuipError` for tensors of a wrong shape, type
-    or device, and where the kernels are not available.
+    Up to 32 vectors go through the fused kernels, which accumulate in float32; more, through dense products; the first
+    time, such a call waits for the device. Inference only: there is no gradient. Raises `QuipError` for tensors of a
+    wrong shape, type or device, and where the kernels are not available.
     """
     _need(x.dtype in TYPES and x.dim() == 2, "x must be float32, float16 or bfloat16 (B, n)", x)
     _need(x.device == qweight.device, "x must be on {}, as the weights are", x, qweight.device)

@@ -80,6 +80,9 @@ class Emulator:
     def recording(self):
         return False
 
+    def finish(self):
+        pass
+
     def __enter__(self):
         pass
 
