@@ -63,8 +63,8 @@ def run_cuda(args: argparse.Namespace) -> None:
     """Speed of packed layers, and of a Llama of 7B's shape with random weights, on a GPU beside float16"""
     bench_cuda.need_device()
     out = Path(args.out or "book/results/cuda.json")
-    # what kernels that are no more took on that card stays
-    first = {"first": old["first"]} if (old := read_record(out)).get("first") else {}
+    old = read_record(out)  # what kernels that are no more took on that card stays
+    gone = {key: old[key] for key in ("first", "steps") if key in old}
     about = {"command": args.command, **provenance(torch.device("cuda"))}
     about["read_gb_per_s"] = bench_cuda.read_bandwidth() / 1e9
     rows = list(print_rows(bench_cuda.bench_kernels(widths=args.bits, batches=(1, 4, 8, 16, 32, 512, 2048))))
@@ -72,7 +72,7 @@ def run_cuda(args: argparse.Namespace) -> None:
     rows += print_rows(wide)
     decode = list(print_rows(bench_cuda.bench_decode((*args.bits, 16))))
     eager = list(print_rows(bench_cuda.bench_calls(widths=args.bits)))
-    write_record(out, {"about": about, "rows": rows, **first, "decode": decode, "eager": eager})
+    write_record(out, {"about": about, "rows": rows, **gone, "decode": decode, "eager": eager})
 
 
 def run_needs(args: argparse.Namespace) -> None:
