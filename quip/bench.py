@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import cycle, islice
 from time import perf_counter, thread_time
 
 import torch
@@ -23,6 +23,7 @@ from quip.rounding import nearest
 SIZES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096))
 KERNEL_SIZES = ((576, 1536), (4096, 4096), (11008, 4096), (8192, 28672))
 STREAMED = 128 * 2**20  # bytes of weights that take turns: more than caches hold, so that each is read from memory
+TURN = 0.25  # seconds
 
 
 def bench_quantize(sizes=SIZES, bits: int = 2, repeats: int = 3, seed: int = 0) -> list[dict]:
@@ -73,7 +74,7 @@ def bench_kernels(sizes=KERNEL_SIZES, widths=(2, 3, 4), batches=(1, 8, 32), repe
     """Time packed layers on the CPU beside `torch.nn.functional.linear`, weights streamed from memory.
 
     Stages: `multiply`, the product with packed codes alone (CPU kernel), and `layer`, with both transforms. The three
-    take turns, and of each the fastest of `repeats` rounds counts (by `cpu_clock`). A size is left out if memory is
+    take turns, and of each the fastest of `repeats` or more counts (by `cpu_clock`). A size is left out if memory is
     short. Rows: m, n, bits, batch, stage, ms, gb_per_s (of packed weights), bandwidth (that over what the machine reads
     at best), ratio_fp32, ratio_bf16 (torch's time over ours; a layer's with inputs of the same type, `ms` with those of
     float32), and error (relative, against float64).
@@ -135,21 +136,27 @@ def random_layers(m: int, n: int, bits: int, seed: int) -> list[QuantizedLinear]
 
 
 def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[object, float]:
-    """Seconds a call of each kind, its functions called one after the other; the least of `repeats` rounds.
+    """Seconds a call of each kind, its functions called one after the other; the least of `repeats` turns or more.
 
-    Every function is called once before, since a layer's first call prepares the others.
+    Every function is called once before, since a layer's first call prepares the others. A turn ends after 32 calls or
+    `TURN` seconds, as a longer one would meet a neighbour's disturbance more often; of short turns there are more.
     """
     clock = cpu_clock()
-    for function in chain.from_iterable(what.values()):
-        function()
-    calls = {kind: cycle(functions) for kind, functions in what.items() if functions}
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for kind in calls:
-            count = min(len(what[kind]), 32)
-            functions = list(islice(calls[kind], count))
+    calls, best = {}, {}
+    for kind, functions in what.items():
+        start = clock()
+        for function in functions:
+            function()
+        if functions:
+            seconds = (clock() - start) / len(functions)
+            calls[kind] = cycle(functions), max(1, min(len(functions), 32, int(TURN / max(seconds, 1e-9))))
+            best[kind] = float("inf")
+    few = min((count for _, count in calls.values()), default=1)
+    for _ in range(repeats * (4 if few < 8 else 1)):
+        for kind, (functions, count) in calls.items():
+            turn = list(islice(functions, count))
             start = clock()
-            for function in functions:
+            for function in turn:
                 function()
             best[kind] = min(best[kind], (clock() - start) / count)
     return best
