@@ -139,20 +139,20 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[ob
     """Seconds a call of each kind, its functions called one after the other; the least of `repeats` turns or more.
 
     Every function is called once before, since a layer's first call prepares the others. A turn ends after 32 calls or
-    `TURN` seconds, as a longer one would meet a neighbour's disturbance more often; of short turns there are more.
+    `TURN` seconds, as a longer one would meet a neighbour's disturbance more often; where turns are long, there are more.
     """
     clock = cpu_clock()
-    calls, best = {}, {}
+    calls, best, longest = {}, {}, 0.0
     for kind, functions in what.items():
+        if not functions:
+            continue
         start = clock()
         for function in functions:
             function()
-        if functions:
-            seconds = (clock() - start) / len(functions)
-            calls[kind] = cycle(functions), max(1, min(len(functions), 32, int(TURN / max(seconds, 1e-9))))
-            best[kind] = float("inf")
-    few = min((count for _, count in calls.values()), default=1)
-    for _ in range(repeats * (4 if few < 8 else 1)):
+        seconds = max((clock() - start) / len(functions), 1e-9)
+        count = max(1, min(len(functions), 32, int(TURN / seconds)))
+        calls[kind], best[kind], longest = (cycle(functions), count), float("inf"), max(longest, count * seconds)
+    for _ in range(repeats * (4 if longest > TURN / 4 else 1)):
         for kind, (functions, count) in calls.items():
             turn = list(islice(functions, count))
             start = clock()
