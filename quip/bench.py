@@ -139,7 +139,7 @@ def fastest_streams(what: dict[object, list[Callable]], repeats: int) -> dict[ob
     """Seconds a call of each kind, its functions called one after the other; the least of `repeats` turns or more.
 
     Every function is called once before, since a layer's first call prepares the others. A turn ends after 32 calls or
-    `TURN` seconds, as a longer one would meet a neighbour's disturbance more often; where turns are long, there are more.
+    `TURN` seconds, as a longer one would meet more of what disturbs; where they are long, there are more.
     """
     clock = cpu_clock()
     calls, best, longest = {}, {}, 0.0
