@@ -55,8 +55,9 @@ def bench_kernels(sizes=SIZES, widths=(2, 3, 4), batches=(1, 8, 32), dtype=torch
     """Time packed layers beside `torch.nn.functional.linear` of the same type, weights streamed from memory.
 
     Rows: m, n, bits, batch, dtype, us (of the layer), forward_us, multiply_us, backward_us (its kernels, each timed by
-    itself; of a long prompt unpack_us and product_us for multiply_us), dense_us, ratio (dense over ours), gb_per_s (of
-    packed weights, in the multiplication), bandwidth (that over what the device reads), and error (relative, float64).
+    itself; a long prompt has unpack_us and product_us instead of multiply_us), dense_us, ratio (dense over ours),
+    gb_per_s (of packed weights, in the multiplication), bandwidth (that over what the device reads), and error
+    (relative, float64).
     """
     need_device()
     limit = read_bandwidth()

@@ -170,9 +170,9 @@ class Call(Unsaved):
     def pays_dense(self, x: torch.Tensor) -> bool:
         """Whether a dense matrix, once it is made, earns back what making it costs. By measurement.
 
-        With AMX, never but in bfloat16: there, making it costs `MADE` times as much for each of its m n weights as
-        `by_prompt` takes longer than a dense product for each of the n + m numbers of a vector, the transforms. But in
-        large layers its product of codes is the faster one: `LIGHT` weights less time than a number more.
+        With AMX, never but in bfloat16: there, making it costs `MADE` times as much for each of its m n weights as the
+        transforms of `by_prompt` for each of the n + m numbers of a vector. But its product of codes is faster than a
+        dense one: with every `LIGHT` weights, that saves as much as one number costs.
         """
         batch = x.numel() // self.n
         if backend() == "amx":

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import NamedTuple
 
 import torch
@@ -596,7 +596,7 @@ def compile_kernels(
     known = _succeed(nvrtc.nvrtcGetSupportedArchs())
     native = arch in known
     target = f"sm_{arch}" if native else f"compute_{max(a for a in known if a <= arch)}"
-    options = [f"--gpu-architecture={target}", "--std=c++17", f"-DBITS={kind}"]
+    options = [f"--gpu-architecture={target}", "--std=c++17"] + ([f"-DBITS={kind}"] if isinstance(kind, int) else [])
     options += ["--ptxas-options=-v"] if native else []
     text = (DEVICE + source(kind)).encode()
     program = _succeed(nvrtc.nvrtcCreateProgram(text, b"quip.cu", 0, [], []))
@@ -694,7 +694,8 @@ class _Kernels:
     def __init__(self, device: torch.device, image: bytes):
         from cuda.bindings import driver
 
-        self.driver, self.device, self.functions, self.granted, self.configs = driver, device, {}, {}, {}
+        self.driver, self.device, self.lock = driver, device, Lock()
+        self.functions, self.granted, self.configs = {}, {}, {}
         number = _succeed(driver.cuDeviceGet(device.index))
         self.context = _succeed(driver.cuDevicePrimaryCtxRetain(number))
         names = "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN", "MULTIPROCESSOR_COUNT", "COMPUTE_CAPABILITY_MAJOR"
@@ -730,7 +731,8 @@ class _Kernels:
 
     def recording(self) -> bool:
         """Whether a CUDA graph records what is started, and nothing runs."""
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def finish(self) -> None:
         """Wait for all that torch's current stream has to do."""
@@ -762,10 +764,11 @@ class _Kernels:
         """The kernel of that name, with leave to use so many bytes of dynamic shared memory."""
         if name not in self.functions:
             self.functions[name] = _succeed(self.driver.cuModuleGetFunction(self.module, name.encode()))
-        if shared > self.granted.get(name, 48000):  # what needs no leave
-            attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _succeed(self.driver.cuFuncSetAttribute(self.functions[name], attribute, shared))
-            self.granted[name] = shared
+        with self.lock:  # or a thread that wants less could take back what another was granted
+            if shared > self.granted.get(name, 48000):  # what needs no leave
+                attribute = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _succeed(self.driver.cuFuncSetAttribute(self.functions[name], attribute, shared))
+                self.granted[name] = shared
         return self.functions[name]
 
     def _config(self, *where):
@@ -1019,6 +1022,8 @@ class Call(Unsaved):
         return made
 
     def _side(self, dtype: torch.dtype, perm, stages, rescale, back: bool) -> KernelSide | TorchSide:
+        if self.kernels.recording():  # nothing can be loaded now; whoever records a graph runs everything before
+            return TorchSide(dtype, perm, stages, rescale, back)
         runs = dtype == torch.float16 or (dtype == torch.bfloat16 and self.kernels.bfloat)
         if runs and len(stages) == 1 and most_vectors(*stages[0][1:3], self.kernels.room):
             return KernelSide(_load(self.qweight.device, TYPES[dtype]), dtype, perm, stages, rescale, back)

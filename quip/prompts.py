@@ -170,7 +170,7 @@ __device__ void bring_in_slowly(MEMORY(u16) memory, const Shape& s, PTR(const Re
 // Sixteen columns of X Rᵀ for each warp, as R Xᵀ: what a lane gets of this it has to bring to the next product.
 template <int TILES, int VECTORS>
 __device__ void multiply_right(u32 (&middle)[TILES][VECTORS][4], MEMORY(u16) memory, const Shape& s,
-                               PTR(const Real) R) {
+                               PTR(const Real) R, float unit) {
     constexpr int SOME = 4 / VECTORS;  // tiles at a time: eight products of each piece of R that is loaded
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, count = s.width / 16, first = threadIdx.x / 32 * count;
 #pragma unroll
@@ -200,15 +200,15 @@ __device__ void multiply_right(u32 (&middle)[TILES][VECTORS][4], MEMORY(u16) mem
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     const float(&c)[4] = sum[i][j / 2][v];
-                    middle[start + i][v][j] = to_pair(c[j % 2 * 2], c[j % 2 * 2 + 1], Real());
+                    middle[start + i][v][j] = to_pair(c[j % 2 * 2] * unit, c[j % 2 * 2 + 1] * unit, Real());
                 }
     }
 }
 
-// L times that, times `unit`, to shared memory: one vector beside the other, in rows, or where `to` says.
+// L times that, to shared memory: one vector beside the other, in rows, or where `to` says.
 template <int TILES, int VECTORS>
 __device__ void multiply_left(MEMORY(u16) memory, const u32 (&middle)[TILES][VECTORS][4], const Shape& s,
-                              PTR(const Real) L, PTR(const u16) to, float unit) {
+                              PTR(const Real) L, PTR(const u16) to) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, loads = (s.tiles + 1) / 2;
 #pragma unroll 1
     for (int i = 0; i < s.tiles; i++) {
@@ -233,7 +233,7 @@ __device__ void multiply_left(MEMORY(u16) memory, const u32 (&middle)[TILES][VEC
         for (int j = 0; j < 8; j++) {
             int row = i * 16 + j / 4 * 8 + 2 * t + j % 2, column = warp * 16 + g + j / 2 % 2 * 8;
             int place = to ? (int)(places[j / 2] >> j % 2 * 16 & 0xffff) : row * s.step + column;
-            float one = sum[j / 4][0][j % 4] * unit, other = VECTORS == 2 ? sum[j / 4][VECTORS - 1][j % 4] * unit : 0;
+            float one = sum[j / 4][0][j % 4], other = VECTORS == 2 ? sum[j / 4][VECTORS - 1][j % 4] : 0;
             if (!to || place < s.n)
                 put(memory, VECTORS * place, (typename Beside<VECTORS>::Word)to_pair(one, other, Real()));
         }
@@ -286,10 +286,10 @@ __device__ void side(SIDE) {
         bring_in_slowly<VECTORS>(memory, s, x, from, rescale, batch);
     __syncthreads();
     u32 middle[TILES][VECTORS][4];
-    multiply_right<TILES, VECTORS>(middle, memory, s, R);
+    multiply_right<TILES, VECTORS>(middle, memory, s, R, scale ? scale[0] * factor : factor);
     __syncthreads();
     REUSED(memory);
-    multiply_left<TILES, VECTORS>(memory, middle, s, L, to, scale ? scale[0] * factor : factor);
+    multiply_left<TILES, VECTORS>(memory, middle, s, L, to);
     __syncthreads();
     if (q % 8 == 0)
         bring_out<VECTORS>(y, memory, s, bias, (bool)to, batch);
@@ -396,7 +396,7 @@ class TorchSide:
 class KernelSide:
     """The same by one kernel, for one stage and a type of 16 bits; see `most_vectors` for the sizes.
 
-    What it reads of the factors, the permutation and D̃ is made here, once.
+    What it reads of the factors and of the permutation is made here, once.
     """
 
     def __init__(self, kernels, dtype: torch.dtype, perm, stages, rescale=None, back: bool = False):
@@ -405,7 +405,7 @@ class KernelSide:
         self.kernels, self.p, self.q, self.vectors = kernels, p, q, most_vectors(p, q, kernels.room)
         self.few = 2 * kernels.multiprocessors  # so many vectors are better spread over the device, one a block
         self.L, self.R = left_tiles(L.to(dtype)), right_tiles(R.to(dtype))
-        self.reciprocals = None if rescale is None else 1 / rescale
+        self.rescale = rescale
         self.read = None if perm is None or back else read_order(perm, p, q)
         self.write = None if perm is None or not back else write_order(perm, p, q)
 
@@ -413,7 +413,8 @@ class KernelSide:
         x, p, q, vectors = aligned(x), self.p, self.q, 1 if len(x) <= self.few else self.vectors
         y = torch.empty_like(x)
         bias = None if bias is None else aligned(bias.to(x.dtype))
-        tensors = y, x, self.read, self.reciprocals, self.R, self.L, self.write, scale, bias
+        reciprocals = None if self.rescale is None else 1 / self.rescale  # of D̃ as it is now
+        tensors = y, x, self.read, reciprocals, self.R, self.L, self.write, scale, bias
         name, grid, numbers = kernel_name(p, q, vectors), (-(-len(x) // vectors), 1), (float(factor), p, q, len(x))
         threads, shared = 2 * _up(q, 16), shared_bytes(p, q, vectors)
         self.kernels(name, grid, *tensors, *numbers, threads=threads, shared=shared)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -483,6 +484,16 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
         pytest.skip("g++ has no sanitizers here")
     assert built.returncode == 0, built.stderr
     assert "portable" in run_check(tmp_path / "check")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ for x86-64")
+@pytest.mark.parametrize("name", ["amx", "avx512", "factors", "panels", "strips"])
+def test_no_function_lacks_its_files_instructions(name, tmp_path):
+    """An implicit constructor would, as no pragma holds for it: vectors are then passed in another way."""
+    source = ROOT / "quip" / "csrc" / f"{name}.cpp"
+    command = ["g++", "-std=c++17", "-O0", "-Wpsabi", "-c", str(source), "-o", str(tmp_path / "out.o")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0 and not re.search("AVX512F vector|changes the ABI.*AVX512", built.stderr), built.stderr
 
 
 @pytest.mark.skipif(

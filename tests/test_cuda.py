@@ -792,6 +792,18 @@ def test_prompts_round_the_factors_once_but_not_in_a_recording(emulate, monkeypa
 
 
 @emulated
+def test_prompts_see_what_is_changed_in_place(emulate):
+    emulate()
+    (x, packed, scale, bits, V, U, rescale, bias), exact, _ = random_layer(48, 96, 40, 2, torch.float16, 0)
+    call = cuda.Call(96, packed, scale, bits, rescale, bias, *V, *U)
+    assert relative(call(x), exact) < 4 * TOLERANCE[torch.float16]
+    rescale.mul_(2), scale.mul_(2)
+    assert relative(call(x), exact) < 4 * TOLERANCE[torch.float16]
+    bias.add_(1)
+    assert relative(call(x), exact + 1) < 4 * TOLERANCE[torch.float16]
+
+
+@emulated
 def test_a_bias_of_another_type_is_rounded_anew(emulate):
     emulate()
     (x, *rest), exact, _ = random_layer(20, 30, 2, 2, torch.float16, 0)

@@ -58,6 +58,18 @@ def make(p, q, batch, dtype, seed, back=False, permuted=True, extras=True, room=
 
 
 @emulated
+@pytest.mark.parametrize(("p", "q"), [(64, 64), (43, 41)])
+def test_one_large_output_does_not_overflow_on_the_way(p, q):
+    L, R = seeded_orthogonal(p, 3), seeded_orthogonal(q, 4)
+    side, _, _ = make(p, q, 1, torch.float16, 3, back=True, permuted=False)
+    y = torch.randn(6, p * q, generator=torch.Generator().manual_seed(0)) / 2
+    y[torch.arange(6), torch.arange(6) * 97] = 15000
+    scale = torch.tensor([0.032])
+    x = (kronecker_multiply(y.double(), L, R) / (scale.double() * 4 / 3)).half()
+    assert x.isfinite().all() and relative(side(x, scale, 4 / 3, None), y.double()) < 1e-3
+
+
+@emulated
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     p=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 80, 130])),
@@ -319,7 +331,12 @@ BUGS = {
     ),
     "tiles of R of another warp": (run_side, "first = threadIdx.x / 32 * count", "first = 0", None),
     "halves of a tile exchanged": (run_side, "sum[i][j / 2][v]", "sum[i][1 - j / 2][v]", None),
-    "pairs exchanged": (run_side, "c[j % 2 * 2], c[j % 2 * 2 + 1]", "c[j % 2 * 2 + 1], c[j % 2 * 2]", None),
+    "pairs exchanged": (
+        run_side,
+        "c[j % 2 * 2] * unit, c[j % 2 * 2 + 1]",
+        "c[j % 2 * 2 + 1] * unit, c[j % 2 * 2]",
+        None,
+    ),
     "a vector of its neighbour": (run_side, "v * s.size + at", "at", None),
     "no scale": (run_back, "scale[0] * factor", "factor", None),
     "no factor": (run_back, "scale[0] * factor", "scale[0]", None),
@@ -440,9 +457,10 @@ def test_the_device_says_what_its_tensor_cores_take(monkeypatch):
     monkeypatch.setattr(
         cuda, "_load", lambda device, kind: loaded.append(kind) or SimpleNamespace(room=65536, multiprocessors=2)
     )
-    for bfloat in (False, True):
-        call = SimpleNamespace(kernels=SimpleNamespace(bfloat=bfloat, room=65536), qweight=torch.zeros(1))
+    for bfloat, recording in ((False, False), (True, True), (True, False)):  # in a recording nothing can be loaded
+        kernels = SimpleNamespace(bfloat=bfloat, room=65536, recording=lambda recording=recording: recording)
+        call = SimpleNamespace(kernels=kernels, qweight=torch.zeros(1))
         stages = [(0, 4, 5, torch.eye(4), torch.eye(5))]
         side = cuda.Call._side(call, torch.bfloat16, None, stages, None, False)
-        assert isinstance(side, prompts.KernelSide if bfloat else prompts.TorchSide)
+        assert isinstance(side, prompts.KernelSide if bfloat and not recording else prompts.TorchSide)
     assert loaded == ["bfloat"]

@@ -46,7 +46,7 @@ extern const Backend amx_backend, avx512_backend, avx2_backend, neon_backend, po
 
 // Whether the compiler knows AMX.
 #if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
-#if __has_include(<amxint8intrin.h>) && __has_include(<amxbf16intrin.h>) && __has_include(<avx512bf16intrin.h>)
+#if defined(__clang__) ? __clang_major__ >= 17 : __has_include(<amxint8intrin.h>) && __has_include(<amxbf16intrin.h>) && __has_include(<avx512bf16intrin.h>)
 #define HAS_AMX
 #endif
 #endif

@@ -55,6 +55,7 @@ STORE_BOTH(store_odd, 2, 3)
 template <class At, class Done>
 inline void pipeline(int64_t count, float *sums, At at, Done done) {
     float *even = sums, *odd = sums + 512;
+    published();
     const auto begin = [&](auto times, int64_t n) {
         const Pair p = at(n);
         times(p.tiles, p.steps, p.b, p.c);
@@ -83,11 +84,11 @@ inline void put_column(uint16_t *strip, int64_t c, __m512 v) {
     _mm512_mask_storeu_epi16(strip + place(c), 0x55555555, narrow(v, v));
 }
 
-}  // namespace
-
 // From one row of pairs to the next: a line of the cache more than it takes, since at a power of two all would share a
 // few places of the smallest cache.
 inline int64_t padded(const Factor &L) { return L.steps * 512 + 32; }
+
+}  // namespace
 
 int64_t amx_spare(const Factor &L, const Factor &R) { return 2048 + R.steps * 512 * L.rows + 16 * padded(L); }
 

@@ -54,6 +54,8 @@ struct Unpacker {
     const __m512i numbers = table(tables.numbers), shifts[2] = {table(tables.shifts[0]), table(tables.shifts[1])};
     const __m512i high_shifts[2] = {table(tables.high_shifts[0]), table(tables.high_shifts[1])};
 
+    Unpacker() {}  // one that is implicit would be compiled without the instructions of this file
+
     static __m512i table(const uint16_t *p) { return _mm512_load_si512(p); }
 
     // Group g of a row, in the order of `column`.
@@ -155,6 +157,7 @@ void multiply(const uint8_t *codes, int64_t groups, int64_t count, const uint16_
               uint16_t *panel, float *sums, uint16_t *out, int64_t stride) {
     const int64_t apart = groups * 64 * STRIP, pieces = (groups + DEEP - 1) / DEEP, deep = (groups + pieces - 1) / pieces;
     const int64_t width = groups * 8 * BITS, blocks = (count + ROWS - 1) / ROWS, each = ROWS * STRIP;
+    constexpr int64_t EACH = BITS == 4 ? 32 : 16;  // bytes of a group; its high bits at 3 bits come as they may
     for (int64_t g = 0; g < groups; g += deep)
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t here = std::min(deep, groups - g), r = b * ROWS, rows = std::min(ROWS, count - r);
@@ -164,7 +167,8 @@ void multiply(const uint8_t *codes, int64_t groups, int64_t count, const uint16_
                 if (!after) sums_to(to + s * each, rows, factor, out + s * stride + r * STRIP);
             };
             fill<BITS>(codes + r * width, groups, rows, g, here, panel);
-            const uint8_t *next = b + 1 < blocks ? codes + (r + ROWS) * width + g * 8 * BITS : codes + after * 8 * BITS;
+            published();
+            const uint8_t *next = b + 1 < blocks ? codes + (r + ROWS) * width + g * EACH : codes + after * EACH;
             for (int64_t s = 0; s < strips; s++) {
                 bring_closer<3>(next, width, ROWS, s, strips);
                 bring_closer<2>(z + s * apart + after * 64 * STRIP, 64, 32 * deep, b, blocks);

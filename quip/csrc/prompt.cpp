@@ -26,7 +26,8 @@ struct Prompt {
     Prompt(const quip_layer &layer, int64_t batch, int64_t threads)
         : l(layer), groups((l.n + 63) / 64), in(groups * 64 * STRIP), to((l.m + 1 + BEHIND) / 2 * 2 * STRIP),
           V(Products::forward(l.n, l.V)), U(Products::backward(l.m, l.U)), back(inverse(l.U.perm, l.m)) {
-        most = std::min(std::min(std::max(BLOCK / l.n / 32 * 32, LEAST), LARGEST), (batch + 31) / 32 * 32);
+        const int64_t fit = std::min(BLOCK / l.n, 4 * BLOCK / l.m) / 32 * 32;
+        most = std::min(std::min(std::max(fit, LEAST), LARGEST), (batch + 31) / 32 * 32);
         rows = std::min(SUMS / most / ROWS, ((l.m + threads - 1) / threads + ROWS - 1) / ROWS) * ROWS;
         for (int64_t i = 0; l.rescale && i < l.n; i++) factor.push_back(1 / l.rescale[l.V.perm ? l.V.perm[i] : i]);
         for (int64_t i = 0; l.bias && i < l.m; i++) bias.push_back(read(l.bias, l.bias_dtype, i));
@@ -91,7 +92,6 @@ void part_of(const Prompt &p, Room &r, const uint16_t *x, uint16_t *y, int64_t c
     team.wait();
     for (int64_t s = team.thread; s < strips; s += team.size)
         leave(p, r.out.data() + s * p.to, std::min(STRIP, count - s * STRIP), own, y + s * STRIP * l.m);
-    team.wait();
 }
 
 Room &room() {

@@ -9,8 +9,6 @@ inline __m512i pair(const uint16_t *p) { return _mm512_loadu_si512(p); }
 
 inline void put(uint16_t *p, __m512i v) { _mm512_storeu_si512(p, v); }
 
-inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
-
 // a0 b0 a1 b1 ... of a and b, which are the halves of a vector; and back
 inline __m512i interleave(__m512i halves) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
@@ -50,6 +48,9 @@ inline __m512 wide(const uint16_t *strip, int64_t c) {
 
 // Row i of a tile of sums.
 inline __m512 row(const float *sums, int64_t i) { return _mm512_load_ps(sums + 16 * i); }
+
+// What has been stored is in memory when tiles are loaded from there: compilers do not know that these read it.
+inline void published() { __asm__ volatile("" : : : "memory"); }
 
 // All tiles with 16 rows of 64 bytes.
 inline void whole_tiles() {
