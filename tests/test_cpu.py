@@ -1,5 +1,7 @@
 """The CPU kernel: every backend computes the same integers, and the layer as exactly as its digits allow."""
 
+import functools
+import operator
 import os
 import platform
 import re
@@ -229,6 +231,14 @@ def test_the_dense_matrix_of_a_layer(m, n, bits, rescale, transforms, threads):
         assert torch.equal(half, W.bfloat16()) or (name == "amx" and error(half, columns) < 8e-3)
     cpu.use(BACKENDS[0])
     torch.set_num_threads(before)
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [8, 64, 72, 1000, 4096, 100000])
+def test_reading_reads_every_word_once(size):
+    data = torch.randint(-(2**62), 2**62, (size // 8,))
+    words = [w % 2**64 for w in data.tolist()]
+    assert cpu.read(data) == functools.reduce(operator.xor, words)
 
 
 @pytest.fixture
