@@ -237,10 +237,18 @@ CUT = """() => {
 }"""
 
 
+# Formulas within a line below which a narrow window could show a scroll bar.
+BARS = """() => [...document.querySelectorAll('article span.math mjx-container')].filter(e => {
+  const style = getComputedStyle(e);
+  return style.overflowX == 'auto' && style.scrollbarWidth != 'none';
+}).map(e => e.textContent)"""
+
+
 def test_what_goes_on_beyond_the_edge_says_so_on_a_phone(reader):
     reader.page.set_viewport_size({"width": 390, "height": 844})
     try:
         assert reader.page.evaluate(CUT) == []
+        assert reader.page.evaluate(BARS) == []
     finally:
         reader.page.set_viewport_size({"width": 1280, "height": 900})
 
