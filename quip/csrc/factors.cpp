@@ -3,15 +3,6 @@
 #include "prompt.h"
 
 #if defined(HAS_AMX)
-#include <immintrin.h>
-
-#include <algorithm>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
-#endif
-
 #include "tiles.h"
 
 namespace {
@@ -136,9 +127,5 @@ void amx_kronecker(const Factor &L, const Factor &R, int64_t offset, const uint1
     _tile_release();
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+#include "tiles_end.h"
 #endif

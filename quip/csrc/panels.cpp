@@ -3,15 +3,6 @@
 #include "prompt.h"
 
 #if defined(HAS_AMX)
-#include <immintrin.h>
-
-#include <algorithm>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
-#endif
-
 #include "tiles.h"
 
 namespace {
@@ -232,9 +223,5 @@ void amx_unpack(const uint8_t *codes, int64_t groups, int64_t bits, int64_t rows
     (bits == 2 ? unpack_group<2> : bits == 3 ? unpack_group<3> : unpack_group<4>)(codes, groups, rows, g, strips, stride);
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+#include "tiles_end.h"
 #endif

@@ -3,15 +3,6 @@
 #include "prompt.h"
 
 #if defined(HAS_AMX)
-#include <immintrin.h>
-
-#include <algorithm>
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
-#endif
-
 #include "tiles.h"
 
 void amx_bring(const uint16_t *x, int64_t n, int64_t count, uint16_t *strip) {
@@ -62,9 +53,5 @@ void amx_place(const uint16_t *strip, const int64_t *perm, int64_t m, int64_t co
     }
 }
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC reset_options
-#endif
+#include "tiles_end.h"
 #endif

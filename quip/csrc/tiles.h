@@ -1,7 +1,19 @@
-// Strips of bfloat16 in vectors. Included after a pragma that names the instructions.
+// Strips of bfloat16 in vectors. From here to tiles_end.h, functions are compiled for a processor with AMX: what else a file
+// includes comes before.
 #pragma once
-#include "amx.h"
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "backend.h"
 #include "prompt.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#endif
+
+#include "amx.h"
 
 namespace {
 
